@@ -1,0 +1,368 @@
+"""From a CSV to checked scans, from scans to tensors, and from subjects to folds."""
+
+import hashlib
+import os
+import shutil
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from math import prod
+from pathlib import Path
+
+import nibabel as nib
+import numpy as np
+import pandas as pd
+import torch
+from nibabel.filebasedimages import ImageFileError
+from sklearn.model_selection import StratifiedKFold, train_test_split
+from torch import Tensor
+from torch.utils.data import Dataset
+
+import utils
+
+COLUMNS = ["path", "label", "subject"]
+CACHES = ("auto", "ram", "disk", "none")
+SCALING = "min-max, float32"
+SHOWN = 20  # bad scans named in one message
+
+
+# The CSV -----------------------------------------------------------------------------------------
+
+
+def read_csv(path: Path) -> pd.DataFrame:
+    """Read the list of scans.
+
+    Args:
+        path: a CSV without a header (path, label), or with one naming path, label and optionally
+            subject. Relative paths are relative to the CSV's folder; ~ is expanded.
+
+    Returns:
+        One row per scan, in the CSV's order: path (str, as written), label (0 or 1), subject (str;
+        the path where there is no such column) and file (absolute Path).
+
+    Raises:
+        utils.InputError: the file cannot be read as such a table.
+    """
+    try:
+        cells = pd.read_csv(
+            path, header=None, dtype=str, keep_default_na=False, encoding="utf-8-sig", skipinitialspace=True
+        )
+    except FileNotFoundError as problem:
+        raise utils.InputError(f"{path}: no such CSV") from problem
+    except (OSError, ValueError) as problem:  # pandas' parser and empty-file errors are ValueErrors
+        raise utils.InputError(f"{path}: cannot be read as a CSV ({problem})") from problem
+    cells = cells.apply(lambda column: column.str.strip())
+    header = [name.lower() for name in cells.iloc[0]]
+    if "path" in header or "label" in header:
+        if not {"path", "label"} <= set(header) or len(set(header)) != len(header):
+            raise utils.InputError(f"{path}: the header needs 'path' and 'label', once each; it has {header}")
+        cells = cells.iloc[1:].set_axis(header, axis=1)
+    elif len(header) == 2:
+        cells = cells.set_axis(["path", "label"], axis=1)
+    else:
+        raise utils.InputError(
+            f"{path}: expected two columns (path, label), or a header; found {len(header)} columns"
+        )
+    if cells.empty:
+        raise utils.InputError(f"{path}: holds no scans")
+    if "subject" not in cells:
+        cells["subject"] = cells["path"]
+    return _check_rows(cells[COLUMNS], path)
+
+
+def _check_rows(table: pd.DataFrame, csv: Path) -> pd.DataFrame:
+    """Check every cell, turn labels into integers and add the column `file`."""
+    for column in COLUMNS:
+        for row in table.index[table[column] == ""]:
+            raise utils.InputError(f"{csv}: row {row + 1}: the {column} is blank")
+    for row in table.index[~table["label"].isin(["0", "1"])]:
+        raise utils.InputError(f"{csv}: row {row + 1}: label '{table['label'][row]}' is not 0 or 1")
+    table = table.assign(
+        label=table["label"].astype(int),
+        file=[Path(os.path.abspath(csv.parent / Path(p).expanduser())) for p in table["path"]],
+    )
+    for row in table.index[table["file"].duplicated()]:
+        raise utils.InputError(f"{csv}: row {row + 1}: {table['path'][row]} is listed twice")
+    return table.reset_index(drop=True)
+
+
+# Scans -------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Grid:
+    """The space that all scans of a cohort share."""
+
+    shape: tuple[int, int, int]
+    affine: np.ndarray  # (4, 4), voxel to mm
+    header: nib.Nifti1Header
+
+    def record(self) -> dict:
+        """The grid as the run record keeps it."""
+        return {"shape": list(self.shape), "affine": self.affine.tolist()}
+
+
+def check_grid(table: pd.DataFrame) -> Grid:
+    """Read every header: all scans must be 3D, real, and share one shape and one affine.
+
+    Raises:
+        utils.InputError: naming every scan that cannot be used, the first 20 in words.
+    """
+    grids, problems = [], []
+    for path, file in zip(table["path"], table["file"], strict=True):
+        try:
+            grids.append(_read_header(file))
+        except utils.InputError as problem:
+            problems.append(f"{path}: {problem}")
+            continue
+        first = grids[0]
+        if grids[-1].shape != first.shape:
+            problems.append(f"{path}: shape {grids[-1].shape}, the first scan has {first.shape}")
+        elif not np.allclose(grids[-1].affine, first.affine, atol=1e-3):
+            problems.append(f"{path}: its affine differs from the first scan's")
+    _report(problems, len(table))
+    return grids[0]
+
+
+def _read_header(file: Path) -> Grid:
+    if not file.is_file():
+        raise utils.InputError("is a folder" if file.is_dir() else "no such file")
+    try:
+        image = nib.load(file)
+    except (ImageFileError, OSError, EOFError, ValueError) as problem:
+        raise utils.InputError(f"not a NIfTI image ({problem})") from problem
+    if not isinstance(image, nib.Nifti1Image):
+        raise utils.InputError(f"not a NIfTI image but {type(image).__name__}")
+    shape = image.shape
+    if len(shape) > 3 and prod(shape[3:]) == 1:
+        shape = shape[:3]
+    if len(shape) != 3:
+        raise utils.InputError(f"expected one 3D volume, found shape {image.shape}")
+    if image.get_data_dtype().kind not in "iuf":
+        raise utils.InputError(f"expected real voxels, found {image.get_data_dtype()}")
+    if not np.isfinite(image.affine).all() or abs(np.linalg.det(image.affine[:3, :3])) < 1e-9:
+        raise utils.InputError("its affine is singular or not finite")
+    header = image.header.copy()
+    header.set_data_shape(shape)
+    return Grid(shape, image.affine, header)
+
+
+def read_scan(file: Path) -> np.ndarray:
+    """Decode one scan and scale it to [0, 1] by its own minimum and maximum, as published.
+
+    Returns:
+        float32 (X, Y, Z).
+
+    Raises:
+        utils.InputError: damaged file, voxels that are not finite, or a constant scan.
+    """
+    try:
+        values = nib.load(file).get_fdata(dtype=np.float32, caching="unchanged")
+    except (ImageFileError, OSError, EOFError, ValueError) as problem:
+        raise utils.InputError(f"cannot be read ({problem})") from problem
+    values = values.reshape(values.shape[:3])
+    low, high = values.min(), values.max()
+    if not (np.isfinite(low) and np.isfinite(high)):
+        raise utils.InputError("has voxels that are NaN or infinite")
+    if low == high:
+        raise utils.InputError(f"is constant (every voxel is {low:g})")
+    # in place where nibabel handed out memory of its own: a scan at 1 mm is 40 MB
+    values = values - low
+    values *= np.float32(1) / (high - low)
+    return np.minimum(values, 1, out=values)
+
+
+def _report(problems: list[str], total: int) -> None:
+    if problems:
+        more = f" (and {len(problems) - SHOWN} more)" if len(problems) > SHOWN else ""
+        raise utils.InputError(
+            f"{len(problems)} of {total} scans cannot be used: {'; '.join(problems[:SHOWN])}{more}"
+        )
+
+
+class Scans(Dataset):
+    """The scans of a cohort as tensors; item i is (volume, label) of row i.
+
+    volume: float32 (1, X, Y, Z) in [0, 1]; label: int. With a cache every scan is decoded once.
+    """
+
+    def __init__(self, table: pd.DataFrame, cached: np.ndarray | None = None) -> None:
+        self.files = list(table["file"])
+        self.labels = [int(label) for label in table["label"]]
+        self.cached = cached
+
+    @property
+    def in_memory(self) -> bool:
+        """Whether a scan can be had without decoding or reading from disk."""
+        return self.cached is not None and not isinstance(self.cached, np.memmap)
+
+    def mean(self, rows: Sequence[int]) -> np.ndarray:
+        """Mean of some scans, float32 (X, Y, Z), read one at a time."""
+        total = self[rows[0]][0][0].double()
+        for row in rows[1:]:
+            total += self[row][0][0]
+        return (total / len(rows)).float().numpy()
+
+    def __len__(self) -> int:
+        return len(self.files)
+
+    def __getitem__(self, i: int) -> tuple[Tensor, int]:
+        volume = read_scan(self.files[i]) if self.cached is None else np.array(self.cached[i])
+        return torch.from_numpy(volume).unsqueeze(0), self.labels[i]
+
+
+def open_scans(table: pd.DataFrame, grid: Grid, cache: str, folder: Path, workers: int) -> Scans:
+    """Decode and check every scan once, and keep what `cache` says.
+
+    Args:
+        table: from `read_csv`.
+        grid: from `check_grid`.
+        cache: "ram"; "disk", one memory-mapped file in `folder`, reused as long as no scan changes;
+            "none", decode again at every use; "auto", the first of these that takes at most half of
+            the free memory or disk.
+        folder: where a disk cache lies.
+        workers: threads that decode.
+
+    Raises:
+        utils.InputError: naming every scan that cannot be used.
+    """
+    size = 4 * len(table) * prod(grid.shape)
+    stored = folder / f"scans-{_cache_key(table, grid)}.float32"
+    shape = (len(table), *grid.shape)
+    if cache in ("auto", "disk") and stored.exists() and stored.stat().st_size == size:
+        print(f"scans: {len(table)}, read from {stored}")
+        return Scans(table, np.memmap(stored, np.float32, "r", shape=shape))
+    if cache == "auto":
+        cache = choose_cache(size, folder)
+    where = {"ram": "in memory", "disk": f"in {stored}", "none": "not cached"}[cache]
+    print(f"scans: {len(table)} of {'x'.join(map(str, grid.shape))} voxels, {size / 1e9:.2f} GB, {where}")
+    if cache == "disk":
+        with utils.whole_file(stored) as path:
+            _decode(table, np.memmap(path, np.float32, "w+", shape=shape), workers)
+        return Scans(table, np.memmap(stored, np.float32, "r", shape=shape))
+    store = np.empty(shape, np.float32) if cache == "ram" else None
+    _decode(table, store, workers)
+    return Scans(table, store)
+
+
+def _decode(table: pd.DataFrame, store: np.ndarray | None, workers: int) -> None:
+    """Decode and check every scan, into `store` if there is one."""
+    problems: list[str] = []
+
+    def decode(i: int) -> None:
+        try:
+            volume = read_scan(table["file"][i])
+        except utils.InputError as problem:
+            problems.append(f"{table['path'][i]}: {problem}")
+            return
+        if store is not None:
+            store[i] = volume
+
+    with ThreadPoolExecutor(max(workers, 1)) as pool:
+        for _ in utils.progress(pool.map(decode, range(len(table))), len(table), desc="reading scans"):
+            pass
+    _report(sorted(problems), len(table))
+
+
+def _cache_key(table: pd.DataFrame, grid: Grid) -> str:
+    """A name for the decoded cohort that changes whenever a scan, the grid or the scaling does."""
+    digest = hashlib.sha256(f"{SCALING} {grid.shape}".encode())
+    for file in table["file"]:
+        status = file.stat()
+        digest.update(f"\n{file} {status.st_size} {status.st_mtime_ns}".encode())
+    return digest.hexdigest()[:16]
+
+
+def choose_cache(size: int, folder: Path) -> str:
+    """The first of ram and disk that `size` bytes fill at most half of; "none" where neither does."""
+    existing = next(parent for parent in (folder, *folder.absolute().parents) if parent.exists())
+    if size <= available_memory() / 2:
+        return "ram"
+    return "disk" if size <= shutil.disk_usage(existing).free / 2 else "none"
+
+
+def available_memory() -> int:
+    """Bytes of memory that this process may still take: what is free, within its control group."""
+    meminfo, limit = Path("/proc/meminfo"), Path("/sys/fs/cgroup/memory.max")
+    if not meminfo.exists():  # not Linux
+        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 2
+    fields = dict(line.split(":") for line in meminfo.read_text().splitlines())
+    free = int(fields["MemAvailable"].split()[0]) * 1024
+    if limit.exists() and limit.read_text().strip() != "max":
+        free = min(free, int(limit.read_text()) - int(Path("/sys/fs/cgroup/memory.current").read_text()))
+    return free
+
+
+# Folds -------------------------------------------------------------------------------------------
+
+
+def make_folds(table: pd.DataFrame, k: int, split: str, val_fraction: float, seed: int) -> pd.DataFrame:
+    """Divide the subjects into k folds of train, validation and test.
+
+    Subjects are divided, never scans, so no subject is in two roles of a fold. A subject with any
+    scan labelled 1 counts as 1 for stratification.
+
+    Args:
+        table: from `read_csv`.
+        k: number of folds, >= 2.
+        split: a key of SPLITS. "stratified": test folds stratified by label and shuffled;
+            "contiguous": the published blocks in the CSV's order.
+        val_fraction: share of a fold's training subjects kept for validation, stratified, shuffled.
+        seed: of both shuffles.
+
+    Returns:
+        Columns fold, role (train, val, test), path, label, subject: every scan once per fold.
+
+    Raises:
+        utils.InputError: too few subjects of a class, or a subject that a block boundary cuts.
+    """
+    subjects = table.groupby("subject", sort=False)["label"].max()
+    names, labels = subjects.index.to_numpy(dtype=object), subjects.to_numpy()
+    counts = np.bincount(labels, minlength=2)
+    needed = k if split == "stratified" else 1
+    if counts.min() < needed or counts.sum() < k:
+        raise utils.InputError(
+            f"{k} {split} folds need at least {needed} subjects of each label and {k} in all; "
+            f"the CSV has {counts[0]} of label 0 and {counts[1]} of label 1"
+        )
+    folds = []
+    for fold, test in enumerate(SPLITS[split](table, names, labels, k, seed)):
+        rest = np.flatnonzero(~np.isin(names, test))
+        val = names[_validation(rest, labels[rest], val_fraction, seed)]
+        role = np.where(table["subject"].isin(test), "test", "train")
+        role[table["subject"].isin(val)] = "val"
+        folds.append(table[COLUMNS].assign(fold=fold, role=role))
+    return pd.concat(folds, ignore_index=True)[["fold", "role", *COLUMNS]]
+
+
+def rows(folds: pd.DataFrame, fold: int, role: str) -> list[int]:
+    """Row numbers, in the CSV's order, of the scans that have a role in a fold."""
+    roles = folds.loc[folds["fold"] == fold, "role"].to_numpy()
+    return [int(row) for row in np.flatnonzero(roles == role)]
+
+
+def _validation(rest: np.ndarray, labels: np.ndarray, fraction: float, seed: int) -> np.ndarray:
+    """Choose the validation subjects among the training part, in proportion to the labels."""
+    size = round(fraction * len(rest))
+    if size < 2 or len(rest) - size < 2 or np.bincount(labels, minlength=2).min() < 2:
+        raise utils.InputError(
+            f"--val-fraction {fraction:g} of {len(rest)} training subjects leaves a set without both labels"
+        )
+    return train_test_split(rest, test_size=size, stratify=labels, random_state=seed)[1]
+
+
+def _stratified(table: pd.DataFrame, names: np.ndarray, labels: np.ndarray, k: int, seed: int) -> list:
+    splitter = StratifiedKFold(k, shuffle=True, random_state=seed)
+    return [names[test] for _, test in splitter.split(names, labels)]
+
+
+def _contiguous(table: pd.DataFrame, names: np.ndarray, labels: np.ndarray, k: int, seed: int) -> list:
+    size = len(table) // k
+    block = np.minimum(np.arange(len(table)) // size, k - 1)  # the last block takes the remainder
+    blocks = pd.Series(block).groupby(table["subject"])
+    for subject in blocks.nunique().loc[lambda n: n > 1].index:
+        raise utils.InputError(f"--split contiguous: the scans of subject {subject} fall into two blocks")
+    return [table["subject"][block == fold].unique() for fold in range(k)]
+
+
+SPLITS: dict[str, Callable[..., list]] = {"stratified": _stratified, "contiguous": _contiguous}

@@ -1,0 +1,364 @@
+#!/usr/bin/env python3
+"""Turn the networks of a training run into brain maps: LRP, integrated gradients or guided Grad-CAM.
+
+    python3 heatmap.py --method IG
+
+Explains each fold's test scans with that fold's weights. The CSV, the model and the folds come from
+the run record under --modelpath. A folder that holds only published state_dict_f*.pth files needs
+--path and --model; the published contiguous folds are used then.
+"""
+
+import argparse
+import re
+import sys
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import pandas as pd
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, Subset
+
+import dataset
+import models
+import utils
+from ggc import guided_gradcam
+from ig import integrated_gradients
+from lrp import lrp
+
+METHODS: dict[str, Callable[..., Tensor]] = {
+    "LRP": lrp,
+    "IG": integrated_gradients,
+    "GGC": guided_gradcam,
+}
+TARGETS = ("label", "predicted", "0", "1")
+BASELINES = ("zero", "controls")
+WRITTEN = [
+    "map.json",
+    "map_f*.nii.gz",
+    "baseline_f*.nii.gz",
+    "map_all.nii.gz",
+    "map_all.png",
+    "subjects.csv",
+    "subjects/f*.nii.gz",
+]
+SUBJECT_COLUMNS = ["fold", *dataset.COLUMNS, "predicted", "target", "prob_target", "sum", "residual"]
+
+
+def get_parser() -> argparse.ArgumentParser:
+    """The options of this command."""
+    parser = utils.ArgumentParser(__doc__)
+    whole, real = utils.number(int, at_least=1), utils.number(float, at_least=0)
+    add = parser.add_argument
+    add("--method", choices=METHODS, required=True, help="how the networks are explained")
+    add("--path", type=Path, metavar="CSV", help="list of scans (default: the run's)")
+    add("--modelpath", type=Path, default=Path("models"), metavar="DIR", help="output of train_cv.py")
+    add("--model", help="family A-D and number of filters (default: the run's)")
+    add("--outpath", type=Path, default=Path("heatmaps"), metavar="DIR", help="maps go to DIR/METHOD")
+    add("--device", default="auto", help="GPU number, cpu, cuda:N, mps or auto")
+    add("--fold", type=utils.number(int, at_least=2), help="number of folds (default: the run's, else 5)")
+    add("--batch", type=whole, default=1, help="scans explained at once")
+    add("--run-folds", type=utils.number(int, at_least=0), nargs="+", metavar="I", help="only these folds")
+    add("--target", choices=TARGETS, default="label", help="the logit to explain")
+    add("--steps", type=whole, default=100, help="IG: steps of the Riemann sum")
+    add(
+        "--baseline",
+        choices=BASELINES,
+        default="zero",
+        help="IG: a black image, or the training controls' mean",
+    )
+    add("--beta", type=real, default=0.5, help="LRP: weight of inhibiting contributions")
+    add("--save-subjects", action="store_true", help="also write the map of every scan")
+    add("--overwrite", action="store_true", help="remove earlier maps of this method first")
+    return parser
+
+
+# The run to explain ------------------------------------------------------------------------------
+
+
+class Run(NamedTuple):
+    """A training run, checked: what is explained, and with which weights."""
+
+    csv: Path
+    table: pd.DataFrame
+    grid: dataset.Grid
+    folds: pd.DataFrame
+    model: str
+    k: int
+
+    def checkpoint(self, modelpath: Path, fold: int) -> Path:
+        """The weights of a fold."""
+        return modelpath / f"state_dict_f{fold}.pth"
+
+
+def find_run(modelpath: Path, csv: Path | None, model: str | None, k: int | None) -> Run:
+    """Read and check the run under `modelpath`; `csv`, `model` and `k` are the user's, or None."""
+    if (modelpath / "run.json").exists():
+        return _recorded_run(modelpath, csv, model, k)
+    if not modelpath.is_dir():
+        raise utils.InputError(f"--modelpath {modelpath}: no such folder; train_cv.py makes one")
+    if csv is None or model is None:
+        raise utils.InputError(
+            f"--modelpath {modelpath}: holds no run.json, so --path and --model are needed"
+        )
+    print(
+        f"{modelpath} holds no run.json: published checkpoints, explained on the published contiguous folds"
+    )
+    table, k = dataset.read_csv(csv), k or 5
+    folds = dataset.make_folds(table, k, "contiguous", val_fraction=0.2, seed=0)
+    return Run(csv, table, dataset.check_grid(table), folds, model, k)
+
+
+def _recorded_run(modelpath: Path, csv: Path | None, model: str | None, k: int | None) -> Run:
+    """The run that run.json and folds.csv describe, as long as its CSV and scans are the same."""
+    record = utils.read_json(modelpath / "run.json")
+    try:
+        recorded = Path(record["csv"]), record["csv_sha256"], record["model"], record["grid"]
+        trained_k = int(record["arguments"]["fold"])
+        folds = pd.read_csv(modelpath / "folds.csv", dtype={"path": str, "subject": str})
+    except (OSError, KeyError, TypeError, ValueError) as problem:
+        raise utils.InputError(f"{modelpath}: run.json or folds.csv is damaged ({problem!r})") from problem
+    trained_csv, digest, trained_model, trained_grid = recorded
+    if model not in (None, trained_model):
+        raise utils.InputError(f"--model {model}: {modelpath} was trained with {trained_model}")
+    if k not in (None, trained_k):
+        raise utils.InputError(f"--fold {k}: {modelpath} was trained with {trained_k} folds")
+    csv = csv or trained_csv
+    table = dataset.read_csv(csv)
+    if utils.sha256(csv) != digest:
+        raise utils.InputError(f"{csv}: is not the CSV that {modelpath} was trained on; its content changed")
+    grid = dataset.check_grid(table)
+    if grid.record() != trained_grid:
+        raise utils.InputError(f"{csv}: the scans' grid is not the one that {modelpath} was trained on")
+    if len(folds) != trained_k * len(table) or list(folds.columns) != ["fold", "role", *dataset.COLUMNS]:
+        raise utils.InputError(f"{modelpath / 'folds.csv'}: does not list every scan once per fold")
+    return Run(csv, table, grid, folds, trained_model, trained_k)
+
+
+def check_weights(run: Run, modelpath: Path, folds: list[int]) -> dict[str, str]:
+    """Load the weights of every fold once; returns their SHA-256 by fold."""
+    try:
+        model = models.build_model(run.model, run.grid.shape)
+    except ValueError as problem:
+        raise utils.InputError(f"--model: {problem}") from problem
+    for fold in folds:
+        models.load_weights(model, run.checkpoint(modelpath, fold), torch.device("cpu"))
+    return {str(fold): utils.sha256(run.checkpoint(modelpath, fold)) for fold in folds}
+
+
+# One fold ----------------------------------------------------------------------------------------
+
+
+def map_fold(
+    model: models.CNN3d,
+    run: Run,
+    scans: dataset.Scans,
+    fold: int,
+    method: str,
+    options: dict[str, Any],
+    batch: int,
+    folder: Path,
+) -> pd.DataFrame:
+    """Explain a fold's test scans and write their mean map; returns the fold's rows of subjects.csv."""
+    rows = dataset.rows(run.folds, fold, "test")
+    baseline = None
+    if options.get("baseline") == "controls":
+        controls = [i for i in dataset.rows(run.folds, fold, "train") if scans.labels[i] == 0]
+        mean = scans.mean(controls)
+        utils.save_map(mean, run.grid.header, folder / f"baseline_f{fold}.nii.gz")
+        baseline = torch.from_numpy(mean).to(next(model.parameters()).device)[None, None]
+
+    def keep(number: int, values: np.ndarray) -> None:
+        if options["save_subjects"]:
+            file = subject_file(folder, fold, rows[number], run.table["path"][rows[number]])
+            utils.save_map(values, run.grid.header, file)
+
+    explain, expected = configure(method, model, run.grid, options, baseline)
+    loader = DataLoader(Subset(scans, rows), batch)
+    mean, about = explain_fold(
+        model, loader, explain, expected, options["target"], keep, f"{method} fold {fold}"
+    )
+    utils.save_map(mean, run.grid.header, folder / f"map_f{fold}.nii.gz")
+    known = run.table.loc[rows, dataset.COLUMNS].reset_index(drop=True).assign(fold=fold)
+    return pd.concat([known, about], axis=1)[SUBJECT_COLUMNS]
+
+
+def configure(
+    method: str, model: models.CNN3d, grid: dataset.Grid, options: dict[str, Any], baseline: Tensor | None
+) -> tuple[Callable[..., Tensor], Callable[[Tensor, Tensor], Tensor] | None]:
+    """Bind a method's options.
+
+    Returns:
+        explain(model, volume, target) -> maps, and expected(logits, target) -> what each map should
+        sum to, (B,): the logit for LRP (conservation), its rise over the baseline for IG
+        (completeness), None for GGC, whose sum means nothing.
+    """
+    explain = METHODS[method]
+    if method == "LRP":
+        return partial(explain, beta=options["beta"]), _pick
+    if method == "GGC":
+        return explain, None
+    blank = torch.zeros(1, 1, *grid.shape, device=next(model.parameters()).device)
+    with torch.no_grad():
+        origin = model(blank if baseline is None else baseline)  # (1, 2)
+    return (
+        partial(explain, steps=options["steps"], baseline=baseline),
+        lambda logits, target: _pick(logits - origin, target),
+    )
+
+
+def _pick(logits: Tensor, target: Tensor) -> Tensor:
+    """Each scan's value of its target: (B, 2), (B,) -> (B,)."""
+    return logits.gather(1, target[:, None])[:, 0]
+
+
+def choose_target(rule: str, label: Tensor, logits: Tensor) -> Tensor:
+    """The logit to explain for each scan, int64 (B,)."""
+    if rule == "label":
+        return label
+    return logits.argmax(1) if rule == "predicted" else torch.full_like(label, int(rule))
+
+
+def explain_fold(
+    model: models.CNN3d,
+    loader: DataLoader,
+    explain: Callable[..., Tensor],
+    expected: Callable[[Tensor, Tensor], Tensor] | None,
+    target_rule: str,
+    keep: Callable[[int, np.ndarray], None],
+    name: str,
+) -> tuple[np.ndarray, pd.DataFrame]:
+    """Explain every scan of a loader, holding no more than a batch and a running sum.
+
+    Args:
+        keep: called with each scan's number within the fold and its map (X, Y, Z).
+        name: for the progress bar and errors.
+
+    Returns:
+        The mean map, float64 (X, Y, Z), and the last columns of SUBJECT_COLUMNS, one row per scan.
+    """
+    device = next(model.parameters()).device
+    total: Any = 0.0
+    rows: list[pd.DataFrame] = []
+    done = 0
+    with utils.progress(None, len(loader.dataset), desc=name) as bar:  # type: ignore[arg-type]
+        for volume, label in loader:
+            volume, label = volume.to(device, non_blocking=True), label.to(device)
+            with torch.no_grad():
+                logits = model(volume)
+            target = choose_target(target_rule, label, logits)
+            maps = explain(model, volume, target)
+            if not torch.isfinite(maps).all():
+                raise FloatingPointError(f"{name}: a map has values that are not finite")
+            rows.append(describe(maps, logits, target, expected))
+            for values in maps[:, 0].cpu().numpy():
+                keep(done, values)
+                total = total + values.astype(np.float64)
+                done += 1
+            bar.update(len(label))
+    return total / done, pd.concat(rows, ignore_index=True)
+
+
+def describe(
+    maps: Tensor, logits: Tensor, target: Tensor, expected: Callable[[Tensor, Tensor], Tensor] | None
+) -> pd.DataFrame:
+    """What subjects.csv says of each map; the residual is relative, and NaN without an expectation."""
+    sums = maps.double().sum((1, 2, 3, 4))
+    residual = torch.full_like(sums, torch.nan)
+    if expected is not None:
+        wanted = expected(logits, target).double()
+        residual = (sums - wanted).abs() / wanted.abs()
+    columns = [logits.argmax(1), target, _pick(logits.double().softmax(1), target), sums, residual]
+    return pd.DataFrame({n: c.cpu().numpy() for n, c in zip(SUBJECT_COLUMNS[-5:], columns, strict=True)})
+
+
+def subject_file(folder: Path, fold: int, row: int, path: str) -> Path:
+    """Where the map of one scan goes; the row in the CSV keeps scans of one name apart."""
+    stem = re.sub(r"[^A-Za-z0-9._-]", "_", Path(path).name.removesuffix(".gz").removesuffix(".nii"))
+    return folder / "subjects" / f"f{fold}_{row:05d}_{stem}.nii.gz"
+
+
+# All folds ---------------------------------------------------------------------------------------
+
+
+def average_folds(folder: Path, run: Run, scans: dataset.Scans, title: str) -> None:
+    """Write the mean of the fold means, and its picture over the mean scan."""
+    mean = np.zeros(run.grid.shape)
+    for fold in range(run.k):
+        mean += utils.load_map(folder / f"map_f{fold}.nii.gz") / run.k
+    utils.save_map(mean, run.grid.header, folder / "map_all.nii.gz")
+    background = scans.mean(range(len(scans)))
+    utils.save_map_figure(mean, background, run.grid.affine, title, folder / "map_all.png")
+
+
+def method_options(args: argparse.Namespace) -> dict[str, Any]:
+    """The options that shape the maps, as map.json keeps them."""
+    if args.baseline == "controls" and args.method != "IG":
+        raise utils.InputError(f"--baseline controls: only IG has a baseline, {args.method} has none")
+    own = {"IG": ("steps", "baseline"), "LRP": ("beta",), "GGC": ()}[args.method]
+    return {name: getattr(args, name) for name in ("target", "save_subjects", *own)}
+
+
+@utils.command
+def main(argv: list[str] | None = None) -> int:
+    """Check everything, explain the folds, average them."""
+    args = get_parser().parse_args(argv)
+    device = utils.resolve_device(args.device)
+    options = method_options(args)
+    run = find_run(args.modelpath, args.path, args.model, args.fold)
+    chosen = utils.choose_folds(args.run_folds, run.k)
+    digests = check_weights(run, args.modelpath, chosen)
+    name = f"{args.method}-controls" if options.get("baseline") == "controls" else args.method
+    folder = args.outpath / name
+    identity = {"method": args.method, "options": options, "model": run.model, "folds": run.k}
+    identity |= {"csv_sha256": utils.sha256(run.csv), "grid": run.grid.record()}
+    found = utils.check_folder(folder, "map.json", identity, WRITTEN, args.overwrite)
+    scans = dataset.open_scans(run.table, run.grid, "auto", args.modelpath / "cache", workers=2)
+
+    utils.start_folder(folder, WRITTEN, args.overwrite)
+    finished = found.get("weights_sha256", {})
+    record = identity | {"csv": str(run.csv), "modelpath": str(args.modelpath.resolve())}
+    record |= {"versions": utils.versions(), "weights_sha256": finished}
+    subjects = pd.read_csv(folder / "subjects.csv") if finished else pd.DataFrame(columns=SUBJECT_COLUMNS)
+    model = models.build_model(run.model, run.grid.shape)
+    for fold in chosen:
+        if finished.get(str(fold)) == digests[str(fold)]:
+            print(f"fold {fold}: explained before, kept")
+            continue
+        models.load_weights(model, run.checkpoint(args.modelpath, fold), device)
+        rows = map_fold(model, run, scans, fold, args.method, options, args.batch, folder)
+        others = subjects[subjects["fold"] != fold]
+        subjects = pd.concat([part for part in (others, rows) if len(part)]).sort_values(
+            "fold", kind="stable"
+        )
+        utils.write_csv(subjects, folder / "subjects.csv")
+        finished[str(fold)] = digests[str(fold)]
+        utils.write_json(record, folder / "map.json")  # last: it says which folds are finished
+
+    missing = sorted(set(range(run.k)) - {int(fold) for fold in finished})
+    if missing:
+        print(f"not explained yet: folds {missing}; map_all follows with the last fold")
+        return 0
+    title = f"{name}, {run.model}: mean of {run.k} folds, {len(subjects)} test scans"
+    average_folds(folder, run, scans, title)
+    print(summary(subjects))
+    print(f"written to {folder}: map_all.nii.gz, map_all.png, map_f*.nii.gz, subjects.csv")
+    return 0
+
+
+def summary(subjects: pd.DataFrame) -> str:
+    """How well the maps' sums keep their promise, as one line."""
+    residual = subjects["residual"].dropna()
+    if residual.empty:
+        return f"{len(subjects)} scans explained"
+    return (
+        f"{len(subjects)} scans explained; residual of the maps' sums: "
+        f"median {residual.median():.2g}, worst {residual.max():.2g}"
+    )
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,81 @@
+"""How well a classifier does: scores per fold, and pooled over folds with bootstrap intervals."""
+
+import numpy as np
+import pandas as pd
+from sklearn.metrics import accuracy_score, balanced_accuracy_score, confusion_matrix, roc_auc_score
+
+import utils
+
+PREDICTIONS = ["fold", "path", "label", "subject", "prob_1", "predicted"]
+SCORES = ["accuracy", "balanced_accuracy", "auc", "sensitivity", "specificity"]
+DRAWS = 1000
+
+
+def scores(label: np.ndarray, prob_1: np.ndarray, predicted: np.ndarray) -> dict[str, float]:
+    """Score predictions of label 1.
+
+    Args:
+        label: (N,) int, 0 or 1.
+        prob_1: (N,) float, any score that rises with the probability of label 1.
+        predicted: (N,) int, 0 or 1.
+
+    Returns:
+        n, the scores in [0, 1], and the counts tp, tn, fp, fn. Where only one label occurs, scores
+        that need both are NaN.
+    """
+    tn, fp, fn, tp = (int(count) for count in confusion_matrix(label, predicted, labels=[0, 1]).ravel())
+    both = len(np.unique(label)) == 2
+    return {
+        "n": len(label),
+        "accuracy": float(accuracy_score(label, predicted)),
+        "balanced_accuracy": float(balanced_accuracy_score(label, predicted)) if both else np.nan,
+        "auc": float(roc_auc_score(label, prob_1)) if both else np.nan,
+        "sensitivity": tp / (tp + fn) if tp + fn else np.nan,
+        "specificity": tn / (tn + fp) if tn + fp else np.nan,
+        "tp": tp,
+        "tn": tn,
+        "fp": fp,
+        "fn": fn,
+    }
+
+
+def metrics_table(predictions: pd.DataFrame, seed: int) -> pd.DataFrame:
+    """Score each fold, then all folds pooled, with 95 % intervals.
+
+    The intervals are percentiles of 1000 bootstrap draws of subjects (Efron and Tibshirani 1993).
+
+    Args:
+        predictions: columns as PREDICTIONS.
+        seed: of the draws.
+
+    Returns:
+        One row per fold and one `pooled`; columns fold, n, SCORES, tp, tn, fp, fn, and *_low, *_high,
+        which only the pooled row fills.
+    """
+    rows = [{"fold": fold} | _scores(part) for fold, part in predictions.groupby("fold", sort=True)]
+    pooled = {"fold": "pooled"} | _scores(predictions)
+    groups = [part for _, part in predictions.groupby("subject", sort=False)]
+    generator = np.random.default_rng(seed)
+    drawn = []
+    for _ in utils.progress(range(DRAWS), desc="bootstrap", leave=False):
+        chosen = generator.integers(len(groups), size=len(groups))
+        drawn.append(_scores(pd.concat([groups[i] for i in chosen])))
+    for score in SCORES:
+        values = [draw[score] for draw in drawn]
+        pooled[f"{score}_low"], pooled[f"{score}_high"] = np.nanpercentile(values, [2.5, 97.5])
+    return pd.DataFrame([*rows, pooled])
+
+
+def summary(metrics: pd.DataFrame) -> str:
+    """The pooled scores as one line."""
+    pooled = metrics.iloc[-1]
+    parts = [
+        f"{s.replace('_', ' ')} {pooled[s]:.3f} [{pooled[s + '_low']:.3f}, {pooled[s + '_high']:.3f}]"
+        for s in SCORES
+    ]
+    return f"test subjects of all folds (n = {pooled['n']:.0f}): " + ", ".join(parts)
+
+
+def _scores(predictions: pd.DataFrame) -> dict[str, float]:
+    columns = (predictions[column].to_numpy() for column in ("label", "prob_1", "predicted"))
+    return scores(*columns)

@@ -1,0 +1,169 @@
+"""The four published families of 3D convolutional networks.
+
+A block is Conv3d (valid, stride 1), BatchNorm3d, ReLU, MaxPool3d (stride = kernel, floor); every
+block of a network has the same number of filters. Flatten, Linear(., 64), ReLU, Dropout(0.5) and
+Linear(64, 2) follow. Kernels, pools and layer names are those of Wang et al., NeuroImage
+269:119929 (2023), so that published checkpoints load unchanged.
+"""
+
+import contextlib
+import pickle
+import re
+from collections.abc import Iterator
+from math import prod
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+import utils
+
+# family: (convolution kernel, pooling kernel) of each block, from the scan to the classifier
+FAMILIES: dict[str, tuple[tuple[int, int], ...]] = {
+    "A": ((7, 2), (5, 2), (5, 2), (3, 2), (3, 2)),
+    "B": ((3, 2), (3, 2), (3, 2), (3, 2), (3, 2)),
+    "C": ((5, 3), (5, 2), (5, 2), (5, 2)),
+    "D": ((7, 3), (7, 3), (7, 3)),
+}
+PUBLISHED = tuple(f"model{family}{width}" for family in FAMILIES for width in range(24, 53, 4))
+PUBLISHED_GRID = (193, 229, 193)
+HIDDEN, CLASSES = 64, 2
+
+# what torch.load raises on files that torch.save did not write, or that hold more than tensors
+UNREADABLE = (
+    pickle.UnpicklingError,
+    OSError,
+    EOFError,
+    RuntimeError,
+    ValueError,
+    LookupError,
+    TypeError,
+    AttributeError,
+)
+
+
+class CNN3d(nn.Module):
+    """A network of one of the published families; see `build_model`."""
+
+    def __init__(self, features: nn.Sequential, classifier: nn.Sequential) -> None:
+        super().__init__()
+        self.features = features
+        self.classifier = classifier
+
+    def forward(self, volume: Tensor) -> Tensor:
+        """Map scans (B, 1, X, Y, Z) in [0, 1] to logits (B, 2): control, Alzheimer's disease."""
+        return self.classifier(self.features(volume).flatten(1))
+
+    def layers(self) -> list[nn.Module]:
+        """Every layer in the order of the forward pass, the flattening included."""
+        return [*self.features, nn.Flatten(), *self.classifier]
+
+
+def parse_name(name: str) -> tuple[str, int]:
+    """Split a model's name, "modelA24", into family and number of filters, ("A", 24).
+
+    Raises:
+        ValueError: the name is not "model", a family A-D and a width >= 1.
+    """
+    match = re.fullmatch(r"model([A-D])([1-9][0-9]{0,3})", name)
+    if match is None:
+        raise ValueError(
+            f"unknown model '{name}': expected 'model', a family A-D and a number of filters, e.g. modelA24"
+        )
+    return match[1], int(match[2])
+
+
+def output_edge(family: str, edge: int) -> int:
+    """Length in voxels of one axis after the last pool, for an input axis of `edge` voxels."""
+    for kernel, pool in FAMILIES[family]:
+        edge = (edge - kernel + 1) // pool
+    return edge
+
+
+def smallest_edge(family: str) -> int:
+    """The shortest input axis, in voxels, that leaves at least one voxel after the last pool."""
+    edge = 1
+    for kernel, pool in reversed(FAMILIES[family]):
+        edge = edge * pool + kernel - 1
+    return edge
+
+
+def build_model(name: str, input_shape: tuple[int, int, int] = PUBLISHED_GRID) -> CNN3d:
+    """Build an untrained network for scans of one grid.
+
+    Args:
+        name: "model", family A-D, number of filters >= 1; published widths are 24, 28, ..., 52.
+        input_shape: (X, Y, Z) of the scans in voxels.
+
+    Returns:
+        The network, float32, in training mode, with PyTorch's default initialisation.
+
+    Raises:
+        ValueError: unknown name, or `input_shape` too small for the family.
+    """
+    family, width = parse_name(name)
+    smallest = smallest_edge(family)
+    if len(input_shape) != 3 or min(input_shape) < smallest:
+        raise ValueError(
+            f"{name} needs scans of at least {smallest}x{smallest}x{smallest} voxels, "
+            f"got {'x'.join(map(str, input_shape))}"
+        )
+    blocks: list[nn.Module] = []
+    channels = 1
+    for kernel, pool in FAMILIES[family]:
+        blocks += [
+            nn.Conv3d(channels, width, kernel),
+            nn.BatchNorm3d(width),
+            nn.ReLU(),
+            nn.MaxPool3d(pool),
+        ]
+        channels = width
+    in_features = width * prod(output_edge(family, edge) for edge in input_shape)
+    classifier = nn.Sequential(
+        nn.Linear(in_features, HIDDEN), nn.ReLU(), nn.Dropout(0.5), nn.Linear(HIDDEN, CLASSES)
+    )
+    return CNN3d(nn.Sequential(*blocks), classifier)
+
+
+def load_weights(model: CNN3d, path: Path, device: torch.device) -> CNN3d:
+    """Load a plain state dict into `model`, and put it on `device` in evaluation mode.
+
+    Only tensors are unpickled (`weights_only`), so a file that holds code is refused.
+
+    Raises:
+        utils.InputError: no such file, not a state dict, of another architecture, width or grid,
+            or with weights that are not finite.
+    """
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True)
+    except FileNotFoundError as problem:
+        raise utils.InputError(f"{path}: no such checkpoint") from problem
+    except UNREADABLE as problem:
+        raise utils.InputError(f"{path}: not a PyTorch state dict ({type(problem).__name__})") from problem
+    expected = model.state_dict()
+    if not isinstance(state, dict) or state.keys() != expected.keys():
+        raise utils.InputError(f"{path}: not the weights of this model (other layers)")
+    for key, wanted in expected.items():
+        found = state[key]
+        if not isinstance(found, Tensor) or found.shape != wanted.shape:
+            shape = tuple(found.shape) if isinstance(found, Tensor) else type(found).__name__
+            raise utils.InputError(f"{path}: {key} is {shape}, the model and grid need {tuple(wanted.shape)}")
+        if not torch.isfinite(found).all():
+            raise utils.InputError(f"{path}: {key} has values that are not finite")
+    model.load_state_dict(state)
+    return model.to(device).eval()
+
+
+@contextlib.contextmanager
+def frozen(model: nn.Module) -> Iterator[None]:
+    """Evaluation mode and no gradient for the parameters; everything as found afterwards."""
+    modes = [(module, module.training) for module in model.modules()]
+    trainable = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
+    try:
+        model.eval().requires_grad_(False)
+        yield
+    finally:
+        for module, mode in modes:
+            module.training = mode
+        for parameter, flag in trainable:
+            parameter.requires_grad_(flag)

@@ -1,0 +1,318 @@
+"""What every entry script shares: errors, devices, seeds, whole files, the run record, NIfTI maps."""
+
+import argparse
+import contextlib
+import functools
+import hashlib
+import importlib.metadata
+import json
+import os
+import platform
+import random
+import sys
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
+from typing import Any, NoReturn
+
+import nibabel as nib
+import numpy as np
+import pandas as pd
+import torch
+from tqdm import tqdm
+
+PACKAGES = ("torch", "numpy", "pandas", "nibabel", "scikit-learn", "nilearn", "captum")
+
+
+# Errors and options ------------------------------------------------------------------------------
+
+
+class InputError(Exception):
+    """A user's mistake: reported as one line, never as a traceback."""
+
+
+class ArgumentParser(argparse.ArgumentParser):
+    """argparse whose mistakes are one line (`InputError`) and whose help shows the defaults."""
+
+    def __init__(self, docstring: str | None) -> None:
+        super().__init__(description=docstring, formatter_class=_HelpFormatter, allow_abbrev=False)
+
+    def error(self, message: str) -> NoReturn:
+        raise InputError(f"{message} (see {self.prog} -h)")
+
+
+class _HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
+    pass
+
+
+def command(main: Callable[[list[str] | None], int]) -> Callable[[list[str] | None], int]:
+    """Make an `InputError` inside `main` one line on stderr and exit status 2."""
+
+    @functools.wraps(main)
+    def guarded(argv: list[str] | None = None) -> int:
+        try:
+            return main(argv)
+        except InputError as mistake:
+            print("error:", " ".join(str(mistake).split()), file=sys.stderr)
+            return 2
+
+    return guarded
+
+
+def number(
+    kind: type[int] | type[float],
+    at_least: float | None = None,
+    above: float | None = None,
+    at_most: float | None = None,
+    below: float | None = None,
+) -> Callable[[str], Any]:
+    """An argparse type: a finite int or float within the given bounds."""
+    bounds = [(at_least, ">="), (above, ">"), (at_most, "<="), (below, "<")]
+    wanted = " and ".join(f"{sign} {bound:g}" for bound, sign in bounds if bound is not None)
+
+    def parse(text: str) -> int | float:
+        try:
+            value = kind(text)
+        except ValueError:
+            value = float("nan")
+        inside = (
+            np.isfinite(value)
+            and (at_least is None or value >= at_least)
+            and (above is None or value > above)
+            and (at_most is None or value <= at_most)
+            and (below is None or value < below)
+        )
+        if not inside:
+            raise argparse.ArgumentTypeError(
+                f"'{text}' is not {'an integer' if kind is int else 'a number'} {wanted}".rstrip()
+            )
+        return value
+
+    return parse
+
+
+def progress(items: Iterable, total: int | None = None, **options: Any) -> tqdm:
+    """A progress bar on stderr, silent where stderr is not a terminal."""
+    return tqdm(items, total=total, disable=not sys.stderr.isatty(), dynamic_ncols=True, **options)
+
+
+# Devices and seeds -------------------------------------------------------------------------------
+
+
+def resolve_device(name: str) -> torch.device:
+    """Turn `--device` into a torch device.
+
+    Args:
+        name: a CUDA index ("0"), "cpu", "cuda", "cuda:1", "mps", or "auto" (CUDA, then MPS, then CPU).
+
+    Raises:
+        InputError: the device is not known or not there; an explicit choice never falls back.
+    """
+    cuda, mps = torch.cuda.is_available(), torch.backends.mps.is_available()
+    if name == "auto":
+        return torch.device("cuda" if cuda else "mps" if mps else "cpu")
+    try:
+        device = torch.device(f"cuda:{int(name)}" if name.isdecimal() else name)
+    except (RuntimeError, ValueError):
+        device = torch.device("meta")
+    if device.type not in ("cpu", "cuda", "mps"):
+        raise InputError(f"--device {name}: expected a GPU number, cpu, cuda:N, mps or auto")
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        there = torch.cuda.device_count()
+        raise InputError(
+            f"--device {name}: this machine has {there} CUDA device{'s' * (there != 1)}; use --device cpu"
+            if there == 0
+            else f"--device {name}: this machine has {there} CUDA devices, numbered from 0"
+        )
+    if device.type == "mps" and not mps:
+        raise InputError(f"--device {name}: this machine has no MPS device; use --device cpu")
+    return device
+
+
+def seed_everything(seed: int) -> None:
+    """Seed Python, numpy and torch (every device) and ask cuDNN for reproducible algorithms."""
+    random.seed(seed)
+    np.random.seed(seed % 2**32)
+    torch.manual_seed(seed)
+    torch.backends.cudnn.deterministic = True
+    torch.backends.cudnn.benchmark = False
+
+
+# Whole files -------------------------------------------------------------------------------------
+
+
+@contextlib.contextmanager
+def whole_file(path: Path) -> Iterator[Path]:
+    """Yield a path to write to; the file appears at `path` complete, or not at all.
+
+    The temporary file lies beside `path` and keeps its suffixes, so writers that choose a format
+    by name (nibabel, matplotlib) work unchanged.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(f".partial-{os.getpid()}-{path.name}")
+    try:
+        yield partial
+        with partial.open("rb+") as stream:
+            os.fsync(stream.fileno())
+        partial.replace(path)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def write_csv(table: pd.DataFrame, path: Path) -> None:
+    """Write a table without its index; floats keep every digit."""
+    with whole_file(path) as partial:
+        table.to_csv(partial, index=False, lineterminator="\n")
+
+
+def write_json(record: dict[str, Any], path: Path) -> None:
+    """Write a record as indented JSON."""
+    with whole_file(path) as partial:
+        partial.write_text(json.dumps(record, indent=2) + "\n")
+
+
+# The run record ----------------------------------------------------------------------------------
+
+
+def versions() -> dict[str, str]:
+    """Versions of Python and of the packages that the numbers depend on."""
+    return {"python": platform.python_version()} | {p: importlib.metadata.version(p) for p in PACKAGES}
+
+
+def sha256(path: Path) -> str:
+    """SHA-256 of a file's content, in hexadecimal."""
+    with path.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """Read a record; raise InputError where it is not a JSON object."""
+    try:
+        record = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as problem:
+        raise InputError(f"{path}: cannot be read as JSON ({problem})") from problem
+    if not isinstance(record, dict):
+        raise InputError(f"{path}: expected a JSON object")
+    return record
+
+
+def check_folder(
+    folder: Path, record: str, identity: dict[str, Any], patterns: Iterable[str], overwrite: bool
+) -> dict[str, Any]:
+    """Find out whether an output folder is free, or holds the same run to go on with. Writes nothing.
+
+    Args:
+        folder: the output folder, which need not exist.
+        record: name of the record in it.
+        identity: what two runs must have in common for the second to go on with the first.
+        patterns: glob patterns of all files the suite writes there.
+        overwrite: those files will be removed, so whatever they hold is fine.
+
+    Returns:
+        The record that is there; empty where the run starts afresh.
+
+    Raises:
+        InputError: the folder cannot be written to, holds another run, or results without a record.
+    """
+    existing = next(place for place in (folder, *folder.absolute().parents) if place.exists())
+    if not existing.is_dir() or not os.access(existing, os.W_OK):
+        raise InputError(f"--outpath {folder}: {existing} is not a folder that can be written to")
+    present = written(folder, patterns)
+    if overwrite or not present:
+        return {}
+    way_out = "choose another --outpath, or --overwrite"
+    if folder / record not in present:
+        raise InputError(f"{present[0]} is in the way; {way_out}")
+    found = read_json(folder / record)
+    for name, value in identity.items():
+        if found.get(name) != value:
+            raise InputError(
+                f"{folder / record} is of another run: {name} is {found.get(name)} there, "
+                f"{value} now; {way_out}"
+            )
+    return found
+
+
+def start_folder(folder: Path, patterns: Iterable[str], overwrite: bool) -> None:
+    """Create an output folder; with `overwrite`, remove what the suite wrote there, and only that."""
+    folder.mkdir(parents=True, exist_ok=True)
+    if overwrite:
+        for path in written(folder, patterns):
+            path.unlink()
+
+
+def written(folder: Path, patterns: Iterable[str]) -> list[Path]:
+    """The files in a folder that match any of the patterns."""
+    return [path for pattern in patterns for path in sorted(folder.glob(pattern))]
+
+
+def choose_folds(wanted: list[int] | None, k: int) -> list[int]:
+    """The folds to run: all, or those of --run-folds, in order and once each."""
+    if wanted and max(wanted) >= k:
+        raise InputError(f"--run-folds {max(wanted)}: the folds are numbered 0 to {k - 1}")
+    return sorted(set(wanted)) if wanted else list(range(k))
+
+
+# NIfTI maps --------------------------------------------------------------------------------------
+
+
+def save_map(values: np.ndarray, header: nib.Nifti1Header, path: Path) -> None:
+    """Write a map as float32 NIfTI in the scans' own space.
+
+    Args:
+        values: (X, Y, Z), any real dtype, finite.
+        header: a scan's header; its affine, sform and qform codes and units are kept.
+        path: where to write; .nii or .nii.gz.
+    """
+    header = header.copy()
+    header.set_data_dtype(np.float32)
+    header.set_slope_inter(1, 0)
+    header["cal_min"] = header["cal_max"] = 0
+    image = nib.Nifti1Image(np.asarray(values, dtype=np.float32), None, header)
+    with whole_file(path) as partial:
+        nib.save(image, partial)
+
+
+def load_map(path: Path) -> np.ndarray:
+    """Read a map back: float32 (X, Y, Z)."""
+    return nib.load(path).get_fdata(dtype=np.float32)
+
+
+def save_map_figure(
+    values: np.ndarray, background: np.ndarray, affine: np.ndarray, title: str, path: Path
+) -> None:
+    """Draw a signed map over a background scan, as axial, coronal and sagittal slices (PNG).
+
+    Args:
+        values: (X, Y, Z) map, signed; the colour scale is symmetric and ends at its 99.9th percentile.
+        background: (X, Y, Z) scan on the same grid.
+        affine: (4, 4), voxel to mm.
+        title: written over the figure.
+        path: the PNG to write.
+    """
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+    from nilearn import plotting
+
+    magnitude = np.abs(values[values != 0])
+    top = float(np.percentile(magnitude, 99.9)) if magnitude.size else 1.0
+    top = max(top, float(np.finfo(np.float32).tiny))
+    figure, axes = plt.subplots(3, 1, figsize=(13, 7.5), facecolor="white")
+    figure.suptitle(title, fontsize=13)
+    for axis, direction in zip(axes, "zyx", strict=True):
+        plotting.plot_stat_map(
+            nib.Nifti1Image(values.astype(np.float32), affine),
+            bg_img=nib.Nifti1Image(background.astype(np.float32), affine),
+            display_mode=direction,
+            cut_coords=7,
+            threshold=0.1 * top,
+            vmax=top,
+            cmap="cold_hot",
+            axes=axis,
+            black_bg=False,
+            dim=0,
+        )
+    with whole_file(path) as partial:
+        figure.savefig(partial, dpi=110, bbox_inches="tight")
+    plt.close(figure)

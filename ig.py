@@ -1,11 +1,15 @@
 """Integrated gradients (Sundararajan, Taly and Yan 2017, arXiv 1703.01365), left Riemann sum."""
 
+from collections.abc import Iterable
+
 import torch
 from torch import Tensor
 
 import utils
-from blocks import Network, check_arguments, pull, through_relu, unpool
+from blocks import Network, check_arguments, pull, through_relu
 from models import CNN3d, frozen
+
+CHUNK = 2**24  # values of the first block's output worked on at once, 64 MiB in float32
 
 
 def integrated_gradients(
@@ -51,27 +55,40 @@ def _summed_gradient(
     """Sum over the steps of the gradient at the first convolution's output, (B, n, X', Y', Z')."""
     block = network.blocks[0]
     slope = block.convolve(difference)  # (B, n, X', Y', Z')
-    grid = slope.shape[2:]
-    if baseline is None:
-        # At alpha = 0 the image is blank and every window tied: its winners are those of a constant.
-        _, first = block.pool(torch.zeros_like(slope))
-        pooled_slope, winners = block.pool(slope)  # (B, n, x, y, z)
-        del slope
-        total = torch.zeros_like(pooled_slope)
-        at_zero = total
-        for step in utils.progress(range(steps), desc="IG steps", leave=False):
-            features = block.activate(pooled_slope * (step / steps))
-            gradient = through_relu(network.gradient(features, target), features > 0)
-            if step == 0:
-                at_zero = gradient
-            else:
-                total += gradient
-        return unpool(total, winners, grid) + unpool(at_zero, first, grid)
-    start = block.convolve(baseline)
+    alphas = torch.arange(steps, device=slope.device, dtype=slope.dtype) / steps
     total = torch.zeros_like(slope).flatten(2)
-    for step in utils.progress(range(steps), desc="IG steps", leave=False):
-        pooled, winners = block.pool(start + slope * (step / steps))
-        features = block.activate(pooled)
-        gradient = through_relu(network.gradient(features, target), features > 0)
+
+    def add(gradient: Tensor, winners: Tensor) -> None:
         total.scatter_add_(2, winners.flatten(2), gradient.flatten(2))
-    return total.unflatten(2, tuple(grid))
+
+    if baseline is None:
+        # At alpha = 0 the image is blank and all windows tied: their winners are a constant's.
+        pooled, winners = block.pool(torch.zeros_like(slope))
+        add(_pooled_gradient(network, pooled, target), winners)
+        pooled, winners = block.pool(slope)
+        summed = torch.zeros_like(pooled)
+        for some in _chunks(alphas[1:], pooled.numel()):
+            scaled = (some * pooled).flatten(0, 1)  # (S * B, n, x, y, z)
+            summed += _pooled_gradient(network, scaled, target).view(-1, *pooled.shape).sum(0)
+        add(summed, winners)
+    else:
+        start = block.convolve(baseline)
+        for some in _chunks(alphas, slope.numel()):
+            pooled, winners = block.pool((start + some * slope).flatten(0, 1))
+            gradient = _pooled_gradient(network, pooled, target)
+            for part in zip(gradient.split(len(target)), winners.split(len(target)), strict=True):
+                add(*part)
+    return total.view(slope.shape)
+
+
+def _pooled_gradient(network: Network, pooled: Tensor, target: Tensor) -> Tensor:
+    """Gradient of the logits at the first pool, (S * B, n, x, y, z), for S steps of B scans."""
+    features = network.blocks[0].activate(pooled)
+    target = target.repeat(len(pooled) // len(target))
+    return through_relu(network.gradient(features, target), features > 0)
+
+
+def _chunks(alphas: Tensor, size: int) -> Iterable[Tensor]:
+    """Steps to take at once, (S, 1, 1, 1, 1, 1): small grids keep the processor busier together."""
+    shaped = alphas.view(-1, 1, 1, 1, 1, 1)
+    return utils.progress(shaped.split(max(1, CHUNK // size)), desc="IG steps", leave=False)

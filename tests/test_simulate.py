@@ -44,7 +44,7 @@ def files(folder: Path) -> dict[str, bytes]:
 
 @pytest.mark.parametrize(
     ("voxel", "shape"),
-    [(1, (193, 229, 193)), (1.5, (129, 153, 129)), (2, (97, 115, 97)), (4, (49, 58, 49))],
+    [(1, (193, 229, 193)), (2.5, (77, 92, 77)), (2, (97, 115, 97)), (4, (49, 58, 49))],
 )
 def test_grid(voxel, shape):
     assert simulate.grid_shape(voxel) == shape
@@ -100,6 +100,11 @@ def test_only_the_planted_loss_knows_the_label():
         assert abs(one.mean() - other.mean()) < 4 * error, nuisance
     loss = people.natural_loss + people.planted_loss
     assert loss[patients].min() < loss[~patients].max() < loss[patients].median()  # the groups overlap
+
+
+def test_every_subject_of_every_seed_has_its_own_noise_and_anatomy():
+    streams = {simulate.draw_subject(seed, index, 1.0).stream for seed in range(3) for index in range(3)}
+    assert len({np.random.default_rng(stream).random() for stream in streams}) == 9
 
 
 def test_severity_scales_the_planted_loss_only():

@@ -12,13 +12,13 @@ the transposed convolution. Nothing here touches the model: it is read, never ch
 """
 
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import NamedTuple, cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from models import CLASSES, CNN3d
+from models import CLASSES, BlockLayers, CNN3d
 
 
 class Trace(NamedTuple):
@@ -38,11 +38,12 @@ class Block:
     window: int
 
     @classmethod
-    def fold(cls, conv: nn.Conv3d, norm: nn.BatchNorm3d, pool: nn.MaxPool3d) -> "Block":
+    def fold(cls, layers: BlockLayers) -> "Block":
         """Fold evaluation-mode BatchNorm into the convolution before it."""
-        factor = norm.weight * torch.rsqrt(norm.running_var + norm.eps)  # (n,)
-        shift = norm.bias + (conv.bias - norm.running_mean) * factor
-        return cls(conv.weight * factor.view(-1, 1, 1, 1, 1), shift, int(pool.kernel_size))
+        conv, norm, _, pool = layers
+        factor = norm_factor(norm)  # (n,)
+        shift = norm.bias + (cast(Tensor, conv.bias) - cast(Tensor, norm.running_mean)) * factor
+        return cls(conv.weight * factor.view(-1, 1, 1, 1, 1), shift, cast(int, pool.kernel_size))
 
     def convolve(self, inputs: Tensor) -> Tensor:
         """Linear part of the block: (B, C, X, Y, Z) -> (B, n, X-k+1, Y-k+1, Z-k+1)."""
@@ -73,10 +74,8 @@ class Network:
     """All blocks and the two linear layers of a `CNN3d`, as plain tensors."""
 
     def __init__(self, model: CNN3d) -> None:
-        layers = list(model.features)
-        groups = [layers[i : i + 4] for i in range(0, len(layers), 4)]
-        self.blocks = [Block.fold(conv, norm, pool) for conv, norm, _, pool in groups]  # type: ignore[arg-type]
-        self.hidden, self.output = (m for m in model.classifier if isinstance(m, nn.Linear))
+        self.blocks = [Block.fold(layers) for layers in model.blocks()]
+        self.hidden, self.output = model.linears()
 
     def classify(self, features: Tensor) -> tuple[Tensor, Tensor]:
         """Output of the last block (B, n, x, y, z) -> logits (B, 2), and where the hidden relu is open."""
@@ -107,6 +106,11 @@ class Network:
         for block, trace in zip(reversed(self.blocks[first:]), reversed(traces), strict=True):
             gradient = block.backward(gradient, trace)
         return gradient
+
+
+def norm_factor(norm: nn.BatchNorm3d) -> Tensor:
+    """What evaluation-mode BatchNorm multiplies each channel with, (n,)."""
+    return norm.weight * torch.rsqrt(cast(Tensor, norm.running_var) + norm.eps)
 
 
 def through_relu(gradient: Tensor, active: Tensor, guided: bool = False) -> Tensor:

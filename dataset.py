@@ -3,6 +3,7 @@
 import hashlib
 import os
 import shutil
+import zlib
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -14,6 +15,7 @@ import numpy as np
 import pandas as pd
 import torch
 from nibabel.filebasedimages import ImageFileError
+from nibabel.spatialimages import HeaderDataError
 from sklearn.model_selection import StratifiedKFold, train_test_split
 from torch import Tensor
 from torch.utils.data import Dataset
@@ -23,6 +25,7 @@ import utils
 COLUMNS = ["path", "label", "subject"]
 CACHES = ("auto", "ram", "disk", "none")
 SCALING = "min-max, float32"
+UNREADABLE = (ImageFileError, HeaderDataError, OSError, EOFError, ValueError, zlib.error)
 SHOWN = 20  # bad scans named in one message
 
 
@@ -79,7 +82,7 @@ def _check_rows(table: pd.DataFrame, csv: Path) -> pd.DataFrame:
         raise utils.InputError(f"{csv}: row {row + 1}: label '{table['label'][row]}' is not 0 or 1")
     table = table.assign(
         label=table["label"].astype(int),
-        file=[Path(os.path.abspath(csv.parent / Path(p).expanduser())) for p in table["path"]],
+        file=table["path"].map(lambda path: Path(os.path.abspath(csv.parent / Path(path).expanduser()))),
     )
     for row in table.index[table["file"].duplicated()]:
         raise utils.InputError(f"{csv}: row {row + 1}: {table['path'][row]} is listed twice")
@@ -124,15 +127,21 @@ def check_grid(table: pd.DataFrame) -> Grid:
     return grids[0]
 
 
-def _read_header(file: Path) -> Grid:
+def _open(file: Path) -> nib.Nifti1Image:
+    """Open a NIfTI file, NIfTI-2 included, without reading its voxels."""
     if not file.is_file():
         raise utils.InputError("is a folder" if file.is_dir() else "no such file")
     try:
         image = nib.load(file)
-    except (ImageFileError, OSError, EOFError, ValueError) as problem:
+    except UNREADABLE as problem:
         raise utils.InputError(f"not a NIfTI image ({problem})") from problem
     if not isinstance(image, nib.Nifti1Image):
         raise utils.InputError(f"not a NIfTI image but {type(image).__name__}")
+    return image
+
+
+def _read_header(file: Path) -> Grid:
+    image = _open(file)
     shape = image.shape
     if len(shape) > 3 and prod(shape[3:]) == 1:
         shape = shape[:3]
@@ -140,11 +149,12 @@ def _read_header(file: Path) -> Grid:
         raise utils.InputError(f"expected one 3D volume, found shape {image.shape}")
     if image.get_data_dtype().kind not in "iuf":
         raise utils.InputError(f"expected real voxels, found {image.get_data_dtype()}")
-    if not np.isfinite(image.affine).all() or abs(np.linalg.det(image.affine[:3, :3])) < 1e-9:
+    affine = image.affine
+    if affine is None or not np.isfinite(affine).all() or abs(np.linalg.det(affine[:3, :3])) < 1e-9:
         raise utils.InputError("its affine is singular or not finite")
     header = image.header.copy()
     header.set_data_shape(shape)
-    return Grid(shape, image.affine, header)
+    return Grid(shape, affine, header)
 
 
 def read_scan(file: Path) -> np.ndarray:
@@ -156,9 +166,10 @@ def read_scan(file: Path) -> np.ndarray:
     Raises:
         utils.InputError: damaged file, voxels that are not finite, or a constant scan.
     """
+    image = _open(file)
     try:
-        values = nib.load(file).get_fdata(dtype=np.float32, caching="unchanged")
-    except (ImageFileError, OSError, EOFError, ValueError) as problem:
+        values = image.get_fdata(dtype=np.float32, caching="unchanged")
+    except UNREADABLE as problem:
         raise utils.InputError(f"cannot be read ({problem})") from problem
     values = values.reshape(values.shape[:3])
     low, high = values.min(), values.max()

@@ -4,7 +4,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from blocks import Network, check_arguments, through_relu, unpool
+from blocks import Network, check_arguments, norm_factor, through_relu, unpool
 from models import CNN3d, frozen
 
 
@@ -55,7 +55,6 @@ def _gradcam(model: CNN3d, inputs: Tensor, gradient: Tensor) -> Tensor:
         inputs: (B, n, X, Y, Z), what the last convolution reads.
         gradient: (B, n, X', Y', Z'), the target logit's gradient after its BatchNorm.
     """
-    conv, norm = model.features[-4], model.features[-3]
-    factor = norm.weight * torch.rsqrt(norm.running_var + norm.eps)
-    weights = gradient.mean((2, 3, 4)) * factor  # (B, n)
+    conv, norm, _, _ = model.blocks()[-1]
+    weights = gradient.mean((2, 3, 4)) * norm_factor(norm)  # (B, n)
     return F.relu(torch.einsum("bn,bnxyz->bxyz", weights, conv(inputs))).unsqueeze(1)

@@ -1,11 +1,13 @@
 """Layer-wise relevance propagation, beta rule (Bach et al. 2015, doi 10.1371/journal.pone.0130140)."""
 
+from typing import cast
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from blocks import check_arguments, pull, unpool
-from models import CNN3d, frozen
+from models import CLASSES, CNN3d, frozen
 
 
 def lrp(model: CNN3d, volume: Tensor, target: Tensor, beta: float = 0.5, epsilon: float = 1e-6) -> Tensor:
@@ -31,28 +33,24 @@ def lrp(model: CNN3d, volume: Tensor, target: Tensor, beta: float = 0.5, epsilon
     """
     check_arguments(model, volume, target)
     with frozen(model), torch.no_grad():
-        steps = []  # from the scan to the logits: (rule, winners, grid); winners where a pool follows
-        values = volume
-        for i in range(0, len(model.features), 4):
-            conv, norm, relu, pool = model.features[i : i + 4]
+        values, steps = volume, []
+        for conv, norm, relu, pool in model.blocks():
             rule = BetaRule(conv, values, beta, epsilon)
             before = rule.forward()
-            grid = before.shape[2:]
             values, winners = F.max_pool3d(relu(norm(before)), pool.kernel_size, return_indices=True)
             rule.keep(winners)
-            steps.append((rule, winners, grid))
-        hidden, relu, _, output = model.classifier
+            steps.append((rule, (winners, before.shape[2:])))
+        hidden, output = model.linears()
         rules = [BetaRule(hidden, values.flatten(1), beta, epsilon)]
-        rules.append(BetaRule(output, relu(rules[0].forward()), beta, epsilon))
+        rules.append(BetaRule(output, F.relu(rules[0].forward()), beta, epsilon))
         logits = rules[1].forward()
 
-        chosen = F.one_hot(target, logits.shape[1]).to(logits.dtype)
-        relevance = logits * chosen  # (B, 2)
+        relevance = logits * F.one_hot(target, CLASSES)  # (B, 2)
         for rule in reversed(rules):
             relevance = rule.backward(relevance)
         relevance = relevance.view(values.shape)
-        for rule, winners, grid in reversed(steps):
-            relevance = rule.backward(relevance, winners, grid)
+        for rule, pooled in reversed(steps):
+            relevance = rule.backward(relevance, pooled)
         return relevance
 
 
@@ -65,7 +63,7 @@ class BetaRule:
     z- = a+ * w- + a- * w+. Either way z+ + z- + bias is the layer's output.
     """
 
-    def __init__(self, layer: nn.Module, inputs: Tensor, beta: float, epsilon: float) -> None:
+    def __init__(self, layer: nn.Linear | nn.Conv3d, inputs: Tensor, beta: float, epsilon: float) -> None:
         self.layer, self.beta, self.epsilon = layer, beta, epsilon
         exciting, inhibiting = layer.weight.clamp(min=0), layer.weight.clamp(max=0)
         self.inputs = inputs
@@ -76,10 +74,10 @@ class BetaRule:
 
     def forward(self) -> Tensor:
         """The layer's output; its exciting and inhibiting parts are kept for the way back."""
-        apply = F.linear if isinstance(self.layer, nn.Linear) else F.conv3d
-        self.exciting, self.inhibiting = apply(self.inputs, self.weight).chunk(2, 1)
-        bias = self.layer.bias.view(-1, *[1] * (self.exciting.ndim - 2))
-        return self.exciting + self.inhibiting + bias
+        parts = F.linear if isinstance(self.layer, nn.Linear) else F.conv3d
+        self.exciting, self.inhibiting = parts(self.inputs, self.weight).chunk(2, 1)
+        bias = cast(Tensor, self.layer.bias)
+        return self.exciting + self.inhibiting + bias.view(-1, *[1] * (self.exciting.ndim - 2))
 
     def keep(self, winners: Tensor) -> None:
         """Forget the parts of all units but the winners of the pool that follows."""
@@ -88,18 +86,22 @@ class BetaRule:
             for part in (self.exciting, self.inhibiting)
         )
 
-    def backward(self, relevance: Tensor, winners: Tensor | None = None, grid=None) -> Tensor:
-        """Relevance of the layer's outputs (on the pooled grid, with winners) -> of its inputs."""
-        both = (self.exciting > 0) & (self.inhibiting < 0)
-        alone = torch.ones_like(relevance)
+    def backward(self, relevance: Tensor, pooled: tuple[Tensor, torch.Size] | None = None) -> Tensor:
+        """Relevance of the layer's outputs -> of its inputs.
+
+        Where a pool follows, the relevance is the pool's, and `pooled` its winners and the grid before it.
+        """
+        excited, inhibited = self.exciting > 0, self.inhibiting < 0
+        both = excited & inhibited  # a unit with one part alone gets all its relevance through that one
         shares = [
-            torch.where(both, 1 + self.beta, alone) * relevance / (self.exciting + self.epsilon),
-            torch.where(both, -self.beta, alone) * relevance / (self.inhibiting - self.epsilon),
+            relevance * torch.where(both, 1 + self.beta, 1.0) / (self.exciting + self.epsilon),
+            relevance * torch.where(both, -self.beta, 1.0) / (self.inhibiting - self.epsilon),
         ]
-        shares[0] = torch.where(self.exciting > 0, shares[0], 0)
-        shares[1] = torch.where(self.inhibiting < 0, shares[1], 0)
-        if winners is not None:
-            shares = [unpool(share, winners, grid) for share in shares]
+        shares = [
+            torch.where(there, part, 0) for there, part in zip((excited, inhibited), shares, strict=True)
+        ]
+        if pooled is not None:
+            shares = [unpool(part, *pooled) for part in shares]
         share = torch.cat(shares, 1)  # (B, 2n, ...)
         pulled = share @ self.weight if isinstance(self.layer, nn.Linear) else pull(share, self.weight)
         relevance = self.inputs * pulled

@@ -12,6 +12,7 @@ import re
 from collections.abc import Iterator
 from math import prod
 from pathlib import Path
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
@@ -54,9 +55,24 @@ class CNN3d(nn.Module):
         """Map scans (B, 1, X, Y, Z) in [0, 1] to logits (B, 2): control, Alzheimer's disease."""
         return self.classifier(self.features(volume).flatten(1))
 
-    def layers(self) -> list[nn.Module]:
-        """Every layer in the order of the forward pass, the flattening included."""
-        return [*self.features, nn.Flatten(), *self.classifier]
+    def blocks(self) -> list["BlockLayers"]:
+        """The layers of every block, from the scan to the classifier."""
+        layers: list[Any] = list(self.features)
+        return [BlockLayers(*layers[i : i + 4]) for i in range(0, len(layers), 4)]
+
+    def linears(self) -> tuple[nn.Linear, nn.Linear]:
+        """The two linear layers, hidden and output."""
+        hidden, _, _, output = self.classifier
+        return cast(nn.Linear, hidden), cast(nn.Linear, output)
+
+
+class BlockLayers(NamedTuple):
+    """The four layers of one block."""
+
+    conv: nn.Conv3d
+    norm: nn.BatchNorm3d
+    relu: nn.ReLU
+    pool: nn.MaxPool3d
 
 
 def parse_name(name: str) -> tuple[str, int]:

@@ -85,7 +85,8 @@ def new_training(
 ) -> tuple[models.CNN3d, torch.optim.Optimizer]:
     """An untrained network and its optimiser; the weights depend on the seed and the fold alone."""
     utils.seed_everything(fold_seed(seed, fold))
-    model = models.build_model(name, grid.shape).to(device, memory_format=torch.channels_last_3d)
+    model = models.build_model(name, grid.shape).to(device)
+    model = model.to(memory_format=torch.channels_last_3d)  # type: ignore[call-overload]
     return model, torch.optim.Adam(model.parameters(), lr=lr, weight_decay=wd)
 
 
@@ -244,7 +245,7 @@ def draw_training(histories: list[pd.DataFrame], path: Path) -> None:
         1, len(histories), figsize=(3.2 * len(histories), 3.2), sharey=True, squeeze=False
     )
     for fold, (axis, history) in enumerate(zip(axes[0], histories, strict=True)):
-        best = history.loc[history["valid_loss"].idxmin()]
+        best = history.iloc[int(history["valid_loss"].argmin())]
         axis.plot(history["epoch"], history["train_loss"], label="training")
         axis.plot(history["epoch"], history["valid_loss"], label="validation")
         axis.axvline(best["epoch"], color="grey", linestyle=":", linewidth=1)

@@ -12,7 +12,7 @@ import random
 import sys
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, NoReturn, TypeVar, cast
 
 import nibabel as nib
 import numpy as np
@@ -21,6 +21,9 @@ import torch
 from tqdm import tqdm
 
 PACKAGES = ("torch", "numpy", "pandas", "nibabel", "scikit-learn", "nilearn", "captum")
+
+
+Main = TypeVar("Main", bound=Callable[..., int])
 
 
 # Errors and options ------------------------------------------------------------------------------
@@ -44,7 +47,7 @@ class _HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescrip
     pass
 
 
-def command(main: Callable[[list[str] | None], int]) -> Callable[[list[str] | None], int]:
+def command(main: Main) -> Main:
     """Make an `InputError` inside `main` one line on stderr and exit status 2."""
 
     @functools.wraps(main)
@@ -55,7 +58,7 @@ def command(main: Callable[[list[str] | None], int]) -> Callable[[list[str] | No
             print("error:", " ".join(str(mistake).split()), file=sys.stderr)
             return 2
 
-    return guarded
+    return cast(Main, guarded)
 
 
 def number(
@@ -274,7 +277,7 @@ def save_map(values: np.ndarray, header: nib.Nifti1Header, path: Path) -> None:
 
 def load_map(path: Path) -> np.ndarray:
     """Read a map back: float32 (X, Y, Z)."""
-    return nib.load(path).get_fdata(dtype=np.float32)
+    return nib.Nifti1Image.from_filename(path).get_fdata(dtype=np.float32)
 
 
 def save_map_figure(

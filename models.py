@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 import utils
+from fused import norm_relu_pool
 
 # family: (convolution kernel, pooling kernel) of each block, from the scan to the classifier
 FAMILIES: dict[str, tuple[tuple[int, int], ...]] = {
@@ -53,7 +54,12 @@ class CNN3d(nn.Module):
 
     def forward(self, volume: Tensor) -> Tensor:
         """Map scans (B, 1, X, Y, Z) in [0, 1] to logits (B, 2): control, Alzheimer's disease."""
-        return self.classifier(self.features(volume).flatten(1))
+        if not self.training:
+            return self.classifier(self.features(volume).flatten(1))
+        values = volume
+        for conv, norm, _, pool in self.blocks():
+            values = norm_relu_pool(conv(values), norm, pool)
+        return self.classifier(values.flatten(1))
 
     def blocks(self) -> list["BlockLayers"]:
         """The layers of every block, from the scan to the classifier."""

@@ -24,7 +24,7 @@ test: .venv/dev
 lint: .venv/dev
 	.venv/bin/ruff format --check .
 	.venv/bin/ruff check .
-	.venv/bin/mypy .
+	.venv/bin/mypy *.py bench
 
 # The stamp files say which requirements the environment holds.
 .venv/run: requirements.txt

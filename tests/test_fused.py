@@ -1,0 +1,68 @@
+"""norm_relu_pool against the three layers it replaces."""
+
+import copy
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from fused import norm_relu_pool
+from models import build_model
+
+
+def make_norm(channels: int) -> nn.BatchNorm3d:
+    """BatchNorm in float64 whose weights have both signs."""
+    norm = nn.BatchNorm3d(channels).double()
+    with torch.no_grad():
+        norm.weight.copy_(torch.linspace(-1.5, 2, channels))
+        norm.bias.copy_(torch.linspace(0.7, -0.4, channels))
+    return norm
+
+
+@pytest.mark.parametrize("window", [2, 3])
+@pytest.mark.parametrize("batch", [1, 3])
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last_3d])
+def test_same_outputs_gradients_and_statistics_as_the_layers(
+    window: int, batch: int, layout: torch.memory_format
+) -> None:
+    torch.manual_seed(window)
+    # edges that the pool does not divide, so that its floor leaves voxels without a window
+    values = 3 + 2 * torch.randn(batch, 5, 10, 8, 7, dtype=torch.float64)
+    values = values.contiguous(memory_format=layout)
+    pool, norms = nn.MaxPool3d(window), [make_norm(5), make_norm(5)]
+    inputs = [values.clone().requires_grad_(), values.clone().requires_grad_()]
+    outputs = [pool(F.relu(norms[0](inputs[0]))), norm_relu_pool(inputs[1], norms[1], pool)]
+    gradient = torch.randn_like(outputs[0])
+    for output in outputs:
+        output.backward(gradient)
+
+    def close(wanted: Tensor | None, found: Tensor | None) -> None:
+        assert wanted is not None
+        assert found is not None
+        # float64 rounds at 1e-16; sums over some 1000 voxels stay far below 1e-12
+        torch.testing.assert_close(found, wanted, rtol=0, atol=1e-12)
+
+    close(outputs[0], outputs[1])
+    close(inputs[0].grad, inputs[1].grad)
+    close(norms[0].weight.grad, norms[1].weight.grad)
+    close(norms[0].bias.grad, norms[1].bias.grad)
+    for name, buffer in norms[0].named_buffers():
+        close(buffer.double(), norms[1].get_buffer(name).double())
+
+
+def test_a_training_step_of_the_network_is_that_of_its_layers() -> None:
+    torch.manual_seed(0)
+    model = build_model("modelB2", (94, 95, 96)).double()
+    model.classifier[2].p = 0.0  # dropout would draw differently
+    plain = copy.deepcopy(model)
+    volume, label = torch.rand(2, 1, 94, 95, 96, dtype=torch.float64), torch.tensor([0, 1])
+    F.cross_entropy(model(volume), label).backward()
+    F.cross_entropy(plain.classifier(plain.features(volume).flatten(1)), label).backward()
+    for (name, wanted), found in zip(plain.named_parameters(), model.parameters(), strict=True):
+        assert wanted.grad is not None
+        assert found.grad is not None
+        # relative to the layer: a convolution's bias before BatchNorm has a gradient of zero, up to rounding
+        scale = max(wanted.grad.abs().max().item(), 1e-3)
+        assert (wanted.grad - found.grad).abs().max().item() < 1e-9 * scale, name
+    torch.testing.assert_close(dict(plain.named_buffers()), dict(model.named_buffers()), rtol=1e-12, atol=0)

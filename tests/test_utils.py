@@ -1,0 +1,363 @@
+"""utils.py: errors, options, devices, seeds, whole files, folders and maps."""
+
+import argparse
+import json
+import random
+from pathlib import Path
+
+import nibabel as nib
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+
+import utils
+from cohorts import AFFINE, OBLIQUE, contents, only_error, read_nifti, read_values, write_scan
+
+SHAPE = (4, 5, 6)
+
+
+# Errors and options ------------------------------------------------------------------------------
+
+
+def test_command_turns_a_mistake_into_one_line(capsys):
+    @utils.command
+    def main(argv: list[str] | None = None) -> int:
+        raise utils.InputError("--batch 0:\n  expected   more")
+
+    assert main([]) == 2
+    captured = capsys.readouterr()
+    assert only_error(captured.err) == "error: --batch 0: expected more\n"
+    assert captured.out == ""
+
+
+def test_command_passes_the_status_and_the_arguments():
+    @utils.command
+    def main(argv: list[str] | None = None) -> int:
+        """Say how many."""
+        return len(argv or [])
+
+    assert main(["a", "b", "c"]) == 3
+    assert main() == 0
+    assert main.__doc__ == "Say how many."
+
+
+@pytest.mark.parametrize("fault", [ValueError, KeyError, RuntimeError, FileNotFoundError])
+def test_command_lets_a_fault_of_the_program_through(fault):
+    @utils.command
+    def main(argv: list[str] | None = None) -> int:
+        raise fault("deep inside")
+
+    with pytest.raises(fault, match="deep inside"):
+        main([])
+
+
+def test_parser_mistakes_are_input_errors():
+    parser = utils.ArgumentParser("A command.")
+    parser.add_argument("--batch", type=utils.number(int, at_least=1), default=5, help="scans at once")
+    for argv, word in [(["--batch", "0"], "--batch"), (["--other"], "--other"), (["--bat", "3"], "--bat")]:
+        with pytest.raises(utils.InputError, match=word):
+            parser.parse_args(argv)
+    assert "(default: 5)" in parser.format_help()
+
+
+@pytest.mark.parametrize(
+    ("options", "text", "expected"),
+    [
+        ({"kind": int}, "-3", -3),
+        ({"kind": int, "at_least": 1}, "1", 1),
+        ({"kind": int, "at_most": 4}, "4", 4),
+        ({"kind": float, "above": 0}, "1e-4", 1e-4),
+        ({"kind": float, "at_least": 0}, "0", 0.0),
+        ({"kind": float, "above": 0, "below": 1}, "0.99", 0.99),
+    ],
+)
+def test_number(options, text, expected):
+    value = utils.number(**options)(text)
+    assert value == expected
+    assert type(value) is options["kind"]
+
+
+@pytest.mark.parametrize(
+    ("options", "text", "words"),
+    [
+        ({"kind": int, "at_least": 1}, "0", "'0' is not an integer >= 1"),
+        ({"kind": int, "at_least": 1}, "1.5", "'1.5' is not an integer >= 1"),
+        ({"kind": int}, "one", "'one' is not an integer"),
+        ({"kind": int, "at_most": 4}, "5", "<= 4"),
+        ({"kind": float, "above": 0}, "0", "'0' is not a number > 0"),
+        ({"kind": float}, "nan", "'nan' is not a number"),
+        ({"kind": float}, "inf", "'inf' is not a number"),
+        ({"kind": float, "above": 0}, "-inf", "> 0"),
+        ({"kind": float, "above": 0, "below": 1}, "1", "> 0 and < 1"),
+        ({"kind": float}, "", "'' is not a number"),
+    ],
+)
+def test_number_out_of_bounds(options, text, words):
+    with pytest.raises(argparse.ArgumentTypeError) as error:
+        utils.number(**options)(text)
+    assert words in str(error.value)
+
+
+# Devices and seeds -------------------------------------------------------------------------------
+
+
+def test_devices_that_are_there():
+    assert utils.resolve_device("cpu") == torch.device("cpu")
+    found = utils.resolve_device("auto").type
+    if torch.cuda.is_available():
+        assert found == "cuda"
+        assert utils.resolve_device("0") == torch.device("cuda:0")
+    else:
+        assert found == ("mps" if torch.backends.mps.is_available() else "cpu")
+
+
+# the first GPU that is not there; "0" on a machine without any
+BEYOND = str(torch.cuda.device_count())
+
+
+@pytest.mark.parametrize(
+    "name",
+    [BEYOND, f"cuda:{BEYOND}", "99", "cuda:99", "tpu", "gpu", "meta", "xpu", "-1", "cuda:x", "", "1.0"],
+)
+def test_devices_that_are_not(name):
+    with pytest.raises(utils.InputError) as error:
+        utils.resolve_device(name)
+    assert f"--device {name}:" in str(error.value)
+
+
+def test_seed_sets_every_generator():
+    def draw() -> tuple[float, float, float]:
+        return random.random(), float(np.random.random()), float(torch.rand(()))
+
+    utils.seed_everything(7)
+    first = draw()
+    utils.seed_everything(8)
+    second = draw()
+    utils.seed_everything(7)
+    assert draw() == first
+    assert all(a != b for a, b in zip(first, second, strict=True))
+    utils.seed_everything(2**32 + 7)  # a seed beyond numpy's is no reason to fail
+    assert torch.backends.cudnn.deterministic
+    assert not torch.backends.cudnn.benchmark
+
+
+# Whole files -------------------------------------------------------------------------------------
+
+
+def test_whole_file_appears_at_the_end_only(tmp_path):
+    path = tmp_path / "new" / "map.nii.gz"
+    with utils.whole_file(path) as partial:
+        assert partial.parent == path.parent
+        assert partial.name.endswith(".nii.gz")
+        partial.write_text("half")
+        assert not path.exists()
+        partial.write_text("whole")
+    assert contents(tmp_path) == {"new/map.nii.gz": b"whole"}
+
+
+def test_whole_file_is_cleaned_after_an_error_and_the_old_one_survives(tmp_path):
+    path = tmp_path / "a.csv"
+    path.write_text("old")
+    with pytest.raises(KeyboardInterrupt), utils.whole_file(path) as partial:
+        partial.write_text("half")
+        raise KeyboardInterrupt
+    assert contents(tmp_path) == {"a.csv": b"old"}
+    with utils.whole_file(path) as partial:
+        partial.write_text("new")
+    assert contents(tmp_path) == {"a.csv": b"new"}
+
+
+def test_whole_file_that_nobody_writes_is_an_error(tmp_path):
+    with pytest.raises(FileNotFoundError), utils.whole_file(tmp_path / "a.csv"):
+        pass
+    assert contents(tmp_path) == {}
+
+
+def test_csv_keeps_every_digit(tmp_path):
+    values = np.random.default_rng(0).random(50) * 10.0 ** np.arange(-25, 25)
+    utils.write_csv(pd.DataFrame({"path": ["a, b"] * 50, "value": values}), tmp_path / "a.csv")
+    lines = (tmp_path / "a.csv").read_bytes().decode().split("\n")
+    assert lines[0] == "path,value"
+    assert [float(line.rsplit(",", 1)[1]) for line in lines[1:-1]] == values.tolist()
+
+
+def test_json_round_trip(tmp_path):
+    record = {"a": [1.0 / 3, None], "b": {"é": "x"}}
+    utils.write_json(record, tmp_path / "run.json")
+    assert utils.read_json(tmp_path / "run.json") == record
+
+
+@pytest.mark.parametrize("content", [None, b"", b"{", b"[1]", b"\xff\xfe"])
+def test_json_errors(tmp_path, content):
+    path = tmp_path / "run.json"
+    if content is not None:
+        path.write_bytes(content)
+    with pytest.raises(utils.InputError, match=r"run\.json.*JSON"):
+        utils.read_json(path)
+
+
+def test_sha256(tmp_path):
+    (tmp_path / "a").write_bytes(b"abc")
+    # the example of FIPS 180-2, appendix B.1
+    assert utils.sha256(tmp_path / "a") == "ba7816bf8f01cfea414140de5dae2223b00361a396177a9cb410ff61f20015ad"
+
+
+def test_versions_name_python_and_every_package():
+    found = utils.versions()
+    assert set(found) == {"python", *utils.PACKAGES}
+    assert found["torch"].split("+")[0] == torch.__version__.split("+")[0]
+
+
+# Folders -----------------------------------------------------------------------------------------
+
+PATTERNS = ["run.json", "map_f*.nii.gz", "subjects/f*.nii.gz"]
+IDENTITY = {"model": "modelB2", "folds": 2}
+
+
+def fill(folder: Path, record: dict | None) -> None:
+    """A folder with a map, a map in a subfolder, and two files of somebody else."""
+    for name in ("map_f0.nii.gz", "subjects/f0_a.nii.gz", "notes.txt", "subjects/other.txt"):
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_text(name)
+    if record is not None:
+        (folder / "run.json").write_text(json.dumps(record))
+
+
+def check(folder: Path, overwrite: bool = False) -> dict:
+    return utils.check_folder(folder, "run.json", IDENTITY, PATTERNS, overwrite)
+
+
+def test_new_folder_is_free_and_is_not_created_by_the_check(tmp_path):
+    assert check(tmp_path / "a" / "b") == {}
+    assert contents(tmp_path) == {}
+    assert not (tmp_path / "a").exists()
+
+
+def test_folder_with_other_files_is_free(tmp_path):
+    (tmp_path / "notes.txt").write_text("mine")
+    assert check(tmp_path) == {}
+
+
+def test_folder_of_the_same_run_is_gone_on_with(tmp_path):
+    fill(tmp_path, IDENTITY | {"weights": "x"})
+    assert check(tmp_path) == IDENTITY | {"weights": "x"}
+
+
+def test_folder_of_another_run_is_refused(tmp_path):
+    fill(tmp_path, IDENTITY | {"folds": 5})
+    before = contents(tmp_path)
+    with pytest.raises(utils.InputError) as error:
+        check(tmp_path)
+    assert all(word in str(error.value) for word in ["run.json", "folds", "5", "2", "--overwrite"])
+    assert "modelB2" not in str(error.value)
+    assert check(tmp_path, overwrite=True) == {}
+    assert contents(tmp_path) == before
+
+
+def test_folder_with_results_but_no_record_is_refused(tmp_path):
+    fill(tmp_path, None)
+    with pytest.raises(utils.InputError, match=r"map_f0\.nii\.gz is in the way.*--overwrite"):
+        check(tmp_path)
+    assert check(tmp_path, overwrite=True) == {}
+
+
+def test_folder_with_a_damaged_record_is_refused(tmp_path):
+    fill(tmp_path, None)
+    (tmp_path / "run.json").write_text('{"model": ')
+    with pytest.raises(utils.InputError, match=r"run\.json"):
+        check(tmp_path)
+
+
+def test_outpath_that_is_or_lies_below_a_file_is_refused(tmp_path):
+    (tmp_path / "file").touch()
+    for place in (tmp_path / "file", tmp_path / "file" / "below"):
+        with pytest.raises(utils.InputError, match="--outpath .*file"):
+            check(place)
+
+
+def test_overwrite_removes_the_suites_files_only(tmp_path):
+    fill(tmp_path, IDENTITY)
+    utils.start_folder(tmp_path, PATTERNS, overwrite=False)
+    assert len(contents(tmp_path)) == 5
+    utils.start_folder(tmp_path, PATTERNS, overwrite=True)
+    assert set(contents(tmp_path)) == {"notes.txt", "subjects/other.txt"}
+    utils.start_folder(tmp_path / "new" / "one", PATTERNS, overwrite=True)
+    assert (tmp_path / "new" / "one").is_dir()
+
+
+def test_choose_folds():
+    assert utils.choose_folds(None, 3) == [0, 1, 2]
+    assert utils.choose_folds([2, 0, 2], 3) == [0, 2]
+    assert utils.choose_folds([0], 3) == [0]
+    with pytest.raises(utils.InputError, match="--run-folds 3.*0 to 2"):
+        utils.choose_folds([0, 3], 3)
+
+
+# NIfTI maps --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("affine", [AFFINE, OBLIQUE], ids=["straight", "oblique"])
+@pytest.mark.parametrize("name", ["map.nii", "map.nii.gz"])
+@pytest.mark.parametrize("image_class", [nib.Nifti1Image, nib.Nifti2Image])
+def test_map_lies_where_the_scan_lies(tmp_path, affine, name, image_class):
+    scan = read_nifti(
+        write_scan(tmp_path / "scan.nii", np.ones(SHAPE, np.int16), affine, image_class=image_class)
+    )
+    utils.save_map(np.zeros(SHAPE), scan.header, tmp_path / name)
+    found = read_nifti(tmp_path / name)
+    assert found.shape == SHAPE
+    # both are read from the same stored numbers
+    assert np.array_equal(found.affine, scan.affine)
+    for get in ("get_sform", "get_qform"):
+        mine, code = getattr(found.header, get)(coded=True)
+        theirs, wanted = getattr(scan.header, get)(coded=True)
+        assert code == wanted != 0
+        assert np.array_equal(mine, theirs)
+    assert found.header.get_xyzt_units() == ("mm", "sec")
+    assert np.array_equal(found.header.get_zooms(), scan.header.get_zooms())
+
+
+@pytest.mark.parametrize(("sform", "qform"), [(0, 1), (4, 0), (2, 3)])
+def test_map_keeps_the_codes(tmp_path, sform, qform):
+    image = nib.Nifti1Image(np.ones(SHAPE, np.int16), AFFINE)
+    image.set_sform(AFFINE, code=sform)
+    image.set_qform(AFFINE, code=qform)
+    nib.save(image, tmp_path / "scan.nii")
+    utils.save_map(np.zeros(SHAPE), read_nifti(tmp_path / "scan.nii").header, tmp_path / "map.nii")
+    found = read_nifti(tmp_path / "map.nii")
+    assert (int(found.header["sform_code"]), int(found.header["qform_code"])) == (sform, qform)
+    # a qform stores the rotation as three float32 numbers: a few parts in 1e7 of 90 mm
+    assert np.allclose(found.affine, AFFINE, rtol=0, atol=1e-4)
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+def test_map_values_are_float32_and_unscaled(tmp_path, dtype):
+    path = write_scan(tmp_path / "scan.nii", np.ones(SHAPE, np.int16))
+    raw = bytearray(path.read_bytes())
+    raw[112:120] = np.array([3, -7], "<f4").tobytes()  # the scan's own scl_slope and scl_inter
+    raw[124:132] = np.array([90, 10], "<f4").tobytes()  # cal_max, cal_min: a viewer's window
+    path.write_bytes(raw)
+    values = (np.random.default_rng(0).normal(size=SHAPE) * 1e-6).astype(dtype)
+    kept = values.copy()
+    header = read_nifti(path).header
+    before = header.copy()
+    utils.save_map(values, header, tmp_path / "map.nii.gz")
+    found = read_nifti(tmp_path / "map.nii.gz")
+    assert found.get_data_dtype() == np.float32
+    assert np.array_equal(read_values(tmp_path / "map.nii.gz"), values.astype(np.float32))
+    assert found.header["cal_max"] == found.header["cal_min"] == 0
+    assert header == before
+    assert np.array_equal(values, kept)
+    loaded = utils.load_map(tmp_path / "map.nii.gz")
+    assert loaded.dtype == np.float32
+    assert np.array_equal(loaded, values.astype(np.float32))
+
+
+@pytest.mark.parametrize(
+    "values", [np.zeros(SHAPE), np.full(SHAPE, -1e-9), np.linspace(-1, 3, 120).reshape(SHAPE)]
+)
+def test_figure_is_a_png_whatever_the_values(tmp_path, values):
+    utils.save_map_figure(values, np.random.default_rng(0).random(SHAPE), AFFINE, "LRP", tmp_path / "map.png")
+    assert set(contents(tmp_path)) == {"map.png"}
+    assert (tmp_path / "map.png").read_bytes().startswith(b"\x89PNG")

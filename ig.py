@@ -40,8 +40,13 @@ def integrated_gradients(
     check_arguments(model, volume, target)
     if steps < 1:
         raise ValueError(f"steps: expected >= 1, got {steps}")
-    if baseline is not None and baseline.shape not in (volume.shape, volume[:1].shape):
-        raise ValueError(f"baseline: expected {tuple(volume.shape)}, got {tuple(baseline.shape)}")
+    if baseline is not None and (
+        baseline.shape not in (volume.shape, volume[:1].shape) or baseline.dtype != volume.dtype
+    ):
+        raise ValueError(
+            f"baseline: expected {volume.dtype} {tuple(volume.shape)}, "
+            f"got {baseline.dtype} {tuple(baseline.shape)}"
+        )
     with frozen(model), torch.no_grad():
         network = Network(model)
         difference = volume if baseline is None else volume - baseline

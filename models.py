@@ -9,6 +9,7 @@ Linear(64, 2) follow. Kernels, pools and layer names are those of Wang et al., N
 import contextlib
 import pickle
 import re
+import struct
 from collections.abc import Iterator
 from math import prod
 from pathlib import Path
@@ -34,6 +35,8 @@ HIDDEN, CLASSES = 64, 2
 # what torch.load raises on files that torch.save did not write, or that hold more than tensors
 UNREADABLE = (
     pickle.UnpicklingError,
+    struct.error,
+    AssertionError,
     OSError,
     EOFError,
     RuntimeError,
@@ -57,8 +60,9 @@ class CNN3d(nn.Module):
         if not self.training:
             return self.classifier(self.features(volume).flatten(1))
         values = volume
-        for conv, norm, _, pool in self.blocks():
-            values = norm_relu_pool(conv(values), norm, pool)
+        for conv, norm, relu, pool in self.blocks():
+            values = conv(values)
+            values = norm_relu_pool(values, norm, pool) if norm.training else pool(relu(norm(values)))
         return self.classifier(values.flatten(1))
 
     def blocks(self) -> list["BlockLayers"]:

@@ -195,9 +195,7 @@ def test_network_by_hand():
     model, volume = network_by_hand()
     found = lrp(model, volume, ONE, beta=0.5, epsilon=0)
     # a dozen float64 operations
-    torch.testing.assert_close(
-        found, on_diagonal(0.72, 6.48 - 15 - 5.4, 5 + 16.2), rtol=1e-13, atol=1e-13
-    )
+    torch.testing.assert_close(found, on_diagonal(0.72, 6.48 - 15 - 5.4, 5 + 16.2), rtol=1e-13, atol=1e-13)
     assert found.sum().item() == pytest.approx(8, rel=1e-13)
 
 

@@ -1,0 +1,213 @@
+"""ggc.py: guided Grad-CAM by hand, against autograd with a guided relu, and against captum."""
+
+import pytest
+import torch
+from captum.attr import GuidedGradCam
+from networks import (
+    CASES,
+    Case,
+    arguments,
+    check_left_as_found,
+    check_mode_does_not_matter,
+    check_result_like_volume,
+    check_scans_are_independent,
+    difference,
+    mixed_targets,
+    network_by_hand,
+    on_diagonal,
+    over_bad_arguments,
+    over_cases,
+    random_network,
+    random_volume,
+    smallest_network,
+)
+from torch import Tensor, nn
+
+import models
+from ggc import guided_gradcam
+from models import CNN3d
+
+ONE = torch.tensor([1])
+
+# The same sums of a few thousand float64 terms, in another order, differ by about 1e-13.
+ORACLE = 1e-10
+
+# captum announces the hooks it sets, and removes
+pytestmark = pytest.mark.filterwarnings("ignore::UserWarning:captum")
+
+
+class GuidedRelu(torch.autograd.Function):
+    """relu; on the way back, also drop what is negative (Springenberg et al. 2015)."""
+
+    @staticmethod
+    def forward(ctx, values: Tensor) -> Tensor:
+        ctx.save_for_backward(values)
+        return values.clamp(min=0)
+
+    @staticmethod
+    def backward(ctx, gradient: Tensor) -> Tensor:
+        (values,) = ctx.saved_tensors
+        return gradient.clamp(min=0) * (values > 0)
+
+
+def stretch(length: int, to: int) -> Tensor:
+    """Linear interpolation of one axis as a matrix (to, length): half-pixel centres, ends held."""
+    weights = torch.zeros(to, length, dtype=torch.float64)
+    for voxel in range(to):
+        place = min(max((voxel + 0.5) * length / to - 0.5, 0), length - 1)
+        left = min(int(place), length - 1)
+        right = min(left + 1, length - 1)
+        weights[voxel, left] += 1 - (place - left)
+        weights[voxel, right] += place - left
+    return weights
+
+
+def naive_gradcam(model: CNN3d, volume: Tensor, target: Tensor) -> Tensor:
+    """relu(sum_k w_k A_k) of the last convolution's output A, stretched to the scan."""
+    before, after = model.features[:-3], model.features[-3:]
+    maps = before(volume).detach().requires_grad_()
+    logits = model.classifier(after(maps).flatten(1))
+    (slopes,) = torch.autograd.grad(logits.gather(1, target[:, None]).sum(), maps)
+    cams = []
+    for scan_maps, scan_slopes in zip(maps.detach(), slopes, strict=True):
+        cam = sum(slope.mean() * channel for slope, channel in zip(scan_slopes, scan_maps, strict=True))
+        cams.append(cam.clamp(min=0))
+    cam = torch.stack(cams)[:, None]
+    axes = [stretch(*lengths) for lengths in zip(cam.shape[2:], volume.shape[2:], strict=True)]
+    return torch.einsum("bcxyz,ix,jy,kz->bcijk", cam, *axes)
+
+
+def naive_guided(model: CNN3d, volume: Tensor, target: Tensor) -> Tensor:
+    """The target logit's gradient at the scan with every relu guided."""
+    image = volume.detach().requires_grad_()
+    values = image
+    for part in (model.features, nn.Flatten(), model.classifier):
+        for layer in part if isinstance(part, nn.Sequential) else [part]:
+            values = GuidedRelu.apply(values) if isinstance(layer, nn.ReLU) else layer(values)
+    return torch.autograd.grad(values.gather(1, target[:, None]).sum(), image)[0]
+
+
+def captum_ggc(model: CNN3d, volume: Tensor, target: Tensor) -> Tensor:
+    method = GuidedGradCam(model, model.features[-4])
+    return method.attribute(volume, target, interpolate_mode="trilinear").detach()
+
+
+def naive_ggc(model: CNN3d, volume: Tensor, target: Tensor) -> Tensor:
+    return naive_guided(model, volume, target) * naive_gradcam(model, volume, target)
+
+
+def explained(case: Case, batch: int) -> tuple[CNN3d, Tensor, Tensor, Tensor]:
+    """A network, scans, targets and the plain maps, none of which is zero.
+
+    One is where Grad-CAM is negative everywhere, or the guided gradient dropped on its way.
+    """
+    volume, target = random_volume(case, batch), mixed_targets(batch)
+    for seed in range(20):
+        model = random_network(case, seed)
+        expected = naive_ggc(model, volume, target)
+        if (expected.flatten(1).abs().amax(1) > 0).all():
+            return model, volume, target, expected
+    raise AssertionError("every map is zero")
+
+
+# Against the definition, and captum --------------------------------------------------------------
+
+
+@over_cases
+@pytest.mark.parametrize("batch", [1, 3])
+def test_equals_autograd_with_guided_relus(case: Case, batch: int):
+    model, volume, target, expected = explained(case, batch)
+    assert difference(guided_gradcam(model, volume, target), expected) < ORACLE
+
+
+@over_cases
+def test_equals_captum(case: Case):
+    model, volume, target, _ = explained(case, 2)
+    expected = captum_ggc(model, volume, target)
+    assert difference(guided_gradcam(model, volume, target), expected) < ORACLE
+
+
+def test_volumes_with_negative_values():
+    case = CASES["C"]
+    model, volume, target, _ = explained(case, 2)
+    volume = volume - 0.1
+    assert difference(guided_gradcam(model, volume, target), naive_ggc(model, volume, target)) < ORACLE
+
+
+@pytest.mark.parametrize("family", models.FAMILIES)
+def test_equals_captum_at_the_smallest_published_grid(family: str):
+    """In float32 a window whose two largest differ by rounding may have another winner.
+
+    That moves a voxel's gradient, or all that a late window sees. Few are so close, and not the same
+    on every processor: the maps agree to rounding nearly everywhere, and as a whole.
+    """
+    model, volume = smallest_network(family)
+    expected = captum_ggc(model, volume, ONE)
+    assert expected.abs().max() > 0
+    found = guided_gradcam(model, volume, ONE)
+    assert (found.shape, found.dtype) == (volume.shape, torch.float32)
+    close = (found - expected).abs() < 1e-4 * expected.abs().max()
+    assert close.double().mean() > 0.95
+    assert (found - expected).norm() < 0.1 * expected.norm()
+
+
+# By hand -----------------------------------------------------------------------------------------
+
+
+def test_network_by_hand():
+    """See `network_by_hand`. At the scan h0 and h2 are open: logit 1 has slopes (2, -3, 4) at f0, f1, f2.
+
+    Grad-CAM   before BatchNorm (1, -3, -8), each at one of 8 voxels: w = (1/8, -3/8, -1)
+               at 000, A = (8, -1, 2): 1 + 3/8 - 2 = -5/8, so 0
+               at 111, A = (7, 4, -1): 7/8 - 12/8 + 1 = 3/8
+               elsewhere, A = (-2, 0, 0): -2/8, so 0
+               stretched from 2 to 3 voxels, the weight of index 1 is (0, 1/2, 1) along each axis:
+               (v000, v111, v222) get 3/8 (0, 1/8, 1)
+    Guided     h2 has slope -1: dropped. f0, f1, f2 have (2, -2, 4): f1 dropped.
+               before BatchNorm (1, 0, -8): (1, 3, 0) of f0, -8 (0, -1, 1) of f2: (1, 11, -8)
+    """
+    model, volume = network_by_hand()
+    found = guided_gradcam(model, volume, ONE)
+    # a dozen float64 operations
+    torch.testing.assert_close(found, on_diagonal(0, 33 / 64, -3), rtol=1e-13, atol=1e-13)
+
+
+def test_negative_gradcam_gives_zeros():
+    """Logit 0 = h2 = f1 by hand: w = (0, 1/8, 0), A_1 = 4 at 111 gives a map; - h2 gives none.
+
+    With logit 0 = -h2 the Grad-CAM is 1/8 at 000 alone, where A_1 = -1, but the guided gradient,
+    whose first slope is negative, is zero.
+    """
+    model, volume = network_by_hand()
+    zero = torch.tensor([0])
+    # CAM 1/2 at 111 stretched to (0, 1/16, 1/2); guided (0, 2, -1)
+    found = guided_gradcam(model, volume, zero)
+    torch.testing.assert_close(found, on_diagonal(0, 1 / 8, -1 / 2), rtol=1e-13, atol=1e-13)
+    with torch.no_grad():
+        model.linears()[1].weight[0, 2] = -1
+    assert guided_gradcam(model, volume, zero).eq(0).all()
+
+
+# Contract ----------------------------------------------------------------------------------------
+
+
+def test_model_is_left_as_found():
+    check_left_as_found(guided_gradcam)
+
+
+def test_training_mode_does_not_matter():
+    check_mode_does_not_matter(guided_gradcam)
+
+
+def test_result_is_like_the_volume():
+    check_result_like_volume(guided_gradcam)
+
+
+def test_each_scan_has_its_own_target():
+    check_scans_are_independent(guided_gradcam)
+
+
+@over_bad_arguments
+def test_bad_arguments(changes: dict[str, object]):
+    with pytest.raises(ValueError, match=r"CNN3d|volume|target"):
+        guided_gradcam(**arguments(**changes))

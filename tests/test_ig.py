@@ -1,0 +1,325 @@
+"""ig.py: the left Riemann sum by hand, against autograd and captum, and its completeness."""
+
+import pytest
+import torch
+from captum.attr import IntegratedGradients
+from networks import (
+    CASES,
+    Case,
+    arguments,
+    assemble,
+    check_left_as_found,
+    check_mode_does_not_matter,
+    check_result_like_volume,
+    check_scans_are_independent,
+    difference,
+    mixed_targets,
+    network_by_hand,
+    on_diagonal,
+    over_bad_arguments,
+    over_cases,
+    random_network,
+    random_volume,
+    smallest_network,
+)
+from torch import Tensor
+
+import ig
+import models
+from ig import integrated_gradients
+from models import CNN3d
+
+ONE = torch.tensor([1])
+
+# A gradient is a sum of a few thousand float64 terms, in another order: about 1e-13. It jumps only
+# where a pool's two largest or a relu's input come within that of each other, and none do here.
+ORACLE = 1e-10
+
+
+def baseline_like(volume: Tensor, one_for_all: bool) -> Tensor:
+    """A baseline without ties: a mean scan is nowhere quite black inside the head."""
+    generator = torch.Generator().manual_seed(7)
+    baseline = torch.rand(volume.shape, generator=generator, dtype=volume.dtype) / 2
+    return baseline[:1] if one_for_all else baseline
+
+
+def gradient(model: CNN3d, image: Tensor, target: Tensor) -> Tensor:
+    """dF/dx of each scan's target logit, by autograd through the layers as they are."""
+    image = image.detach().requires_grad_()
+    logits = model(image).gather(1, target[:, None])
+    return torch.autograd.grad(logits.sum(), image)[0]
+
+
+def naive_ig(
+    model: CNN3d, volume: Tensor, target: Tensor, steps: int, baseline: Tensor | None = None, first: int = 0
+) -> Tensor:
+    """The left Riemann sum as it is written down, from step number `first` on."""
+    start = torch.zeros_like(volume) if baseline is None else baseline
+    total = torch.zeros_like(volume)
+    for step in range(first, steps):
+        total += gradient(model, start + step / steps * (volume - start), target)
+    return (volume - start) * total / steps
+
+
+def without_blank(model: CNN3d, volume: Tensor, target: Tensor, steps: int) -> Tensor:
+    """integrated_gradients without its term at alpha = 0.
+
+    That term is IG(1) / steps. It is the gradient at a blank image, where every window of the deeper
+    pools is tied up to the rounding noise of the convolution's edge kernels: any reference picks its
+    winners by that noise. All other terms are well defined, and this isolates them.
+    """
+    one = integrated_gradients(model, volume, target, 1)
+    return integrated_gradients(model, volume, target, steps) - one / steps
+
+
+# Against the definition --------------------------------------------------------------------------
+
+
+@over_cases
+@pytest.mark.parametrize("batch", [1, 3])
+def test_zero_baseline_equals_autograd(case: Case, batch: int):
+    model, volume, target = random_network(case), random_volume(case, batch), mixed_targets(batch)
+    expected = naive_ig(model, volume, target, 5, first=1)
+    assert difference(without_blank(model, volume, target, 5), expected) < ORACLE
+
+
+@over_cases
+@pytest.mark.parametrize(("batch", "one_for_all"), [(1, True), (3, False)])
+def test_other_baselines_equal_autograd(case: Case, batch: int, one_for_all: bool):
+    model, volume, target = random_network(case), random_volume(case, batch), mixed_targets(batch)
+    baseline = baseline_like(volume, one_for_all)
+    found = integrated_gradients(model, volume, target, 5, baseline)
+    assert difference(found, naive_ig(model, volume, target, 5, baseline)) < ORACLE
+
+
+@pytest.mark.parametrize("blocks", [((5, 2),), ((3, 3), (3, 1)), ((5, 2), (3, 1), (3, 1))])
+@pytest.mark.parametrize("steps", [1, 4])
+def test_blank_image_included(blocks: tuple[tuple[int, int], ...], steps: int):
+    """Without a pool behind the first, the blank image's winners are defined: the first of equals."""
+    case = Case(blocks, (17, 20, 18))
+    model, volume, target = random_network(case), random_volume(case, 2), mixed_targets(2)
+    with torch.no_grad():
+        for layers in model.blocks():
+            layers.norm.bias.add_(1)  # open where the image is blank
+    expected = naive_ig(model, volume, target, steps)
+    assert difference(integrated_gradients(model, volume, target, steps), expected) < ORACLE
+
+
+@pytest.mark.parametrize("baseline", [False, True])
+def test_steps_taken_together_or_alone(monkeypatch, baseline: bool):
+    """However many steps fit into a chunk, also where they do not divide, the sum is the same."""
+    case = CASES["B"]
+    model, volume, target = random_network(case), random_volume(case, 3), mixed_targets(3)
+    start = baseline_like(volume, one_for_all=True) if baseline else None
+    maps = []
+    for chunk in (1, 2**18, 2**30):
+        monkeypatch.setattr(ig, "CHUNK", chunk)
+        maps.append(integrated_gradients(model, volume, target, 8, start))
+    assert difference(maps[1], maps[0]) < 1e-12  # float64 sums in another order
+    assert difference(maps[2], maps[0]) < 1e-12
+
+
+def test_default_is_a_hundred_steps_from_black():
+    case = CASES["one block"]
+    model, volume, target = random_network(case), random_volume(case, 2), mixed_targets(2)
+    found = integrated_gradients(model, volume, target)
+    assert difference(found, naive_ig(model, volume, target, 100)) < ORACLE
+
+
+# By hand -----------------------------------------------------------------------------------------
+
+
+def test_network_by_hand():
+    """See `network_by_hand`. Gradient of logit 1 at (v000, v111, v222) for alpha = 0, 1/4, 1/2, 3/4.
+
+    Behind an open h0, h1, h2 the pooled f0, f1, f2 have the slopes (2, -2, 4), (-4, 0, 0), (0, -1, 0).
+    f0 = (10 alpha - 2) / 2 at 000, slope 1/2 (1, 3, 0); f1 = 4 alpha + 1 at 111, slope (0, 2, -1);
+    f2 = 2 alpha + 1 at 111, slope -2 (0, -1, 1); h1 = 1 - f0 is open while f0 < 1.
+
+    alpha   f0          f1               f2              h1     gradient
+    0       shut        at 000: (2,-1)   at 000: (2,-2)  open   -3 (2, -1, 0) + 4 (2, -2, 0) = (2, -5, 0)
+    1/4     1/4         2                3/2             open   -1 (1, 3, 0) - 3 (0, 2, -1)
+                                                                + 4 (0, 2, -2) = (-1, -1, -5)
+    1/2     3/2         3                2               shut   (1, 3, 0) + (0, 2, -5) = (1, 5, -5)
+    3/4     11/4        4                5/2             shut   (1, 5, -5)
+
+    (At alpha = 0 all windows are tied and the first voxel wins.) The mean, times the scan (1, 3, 2):
+    """
+    model, volume = network_by_hand()
+    found = integrated_gradients(model, volume, ONE, steps=4)
+    expected = on_diagonal(1 * (2 - 1 + 1 + 1) / 4, 3 * (-5 - 1 + 5 + 5) / 4, 2 * (0 - 5 - 5 - 5) / 4)
+    # a dozen float64 operations
+    torch.testing.assert_close(found, expected, rtol=1e-13, atol=1e-13)
+
+
+def test_network_by_hand_from_half_the_scan():
+    """From v / 2 to v the gradient is (1, 5, -5) throughout: times v / 2, for any number of steps."""
+    model, volume = network_by_hand()
+    for steps in (1, 3):
+        found = integrated_gradients(model, volume, ONE, steps, baseline=volume / 2)
+        torch.testing.assert_close(found, on_diagonal(0.5, 7.5, -5), rtol=1e-13, atol=1e-13)
+    # F(v) = 8 and F(v / 2) = 2 * 3.5 - 3 + 1 = 5: with a constant gradient, complete
+    assert found.sum().item() == pytest.approx(3, rel=1e-12)
+
+
+# Identities --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("baseline", [False, True])
+@pytest.mark.parametrize("steps", [1, 3])
+def test_linear_network_is_exact_with_any_steps(baseline: bool, steps: int):
+    """Pools of one voxel and relus held open: F is linear, and the map gradient times difference."""
+    case = Case(((5, 1), (3, 1)), (9, 12, 10))
+    model, volume, target = random_network(case), random_volume(case, 2), mixed_targets(2)
+    with torch.no_grad():
+        for layers in model.blocks():
+            layers.norm.bias.add_(100)
+        model.linears()[0].bias.add_(1e4)
+    start = baseline_like(volume, one_for_all=False) if baseline else None
+    found = integrated_gradients(model, volume, target, steps, start)
+    origin = torch.zeros_like(volume) if start is None else start
+    expected = (volume - origin) * gradient(model, volume, target)
+    assert difference(found, expected) < ORACLE
+    change = (model(volume) - model(origin)).gather(1, target[:, None]).flatten()
+    # F is of order 1e4 here, so its differences round at about 1e-11
+    torch.testing.assert_close(found.flatten(1).sum(1), change.detach(), rtol=1e-9, atol=1e-9)
+
+
+@over_cases
+@pytest.mark.parametrize("baseline", [False, True])
+def test_completeness_falls_like_one_over_steps(case: Case, baseline: bool):
+    """sum(map) -> F(x) - F(b), and steps * error stays where it is: the gradient jumps along the line."""
+    model, volume, target = random_network(case), random_volume(case, 2), mixed_targets(2)
+    start = baseline_like(volume, one_for_all=True) if baseline else torch.zeros_like(volume[:1])
+    change = (model(volume) - model(start)).gather(1, target[:, None]).flatten().detach()
+
+    def constant(steps: int) -> float:
+        found = integrated_gradients(model, volume, target, steps, start if baseline else None)
+        return steps * float((found.flatten(1).sum(1) - change).abs().max())
+
+    coarse = max(constant(steps) for steps in (2, 3, 4, 5))
+    assert coarse > 0.01  # the line does cross jumps
+    # the constant differs from one number of steps to the next, by less than this factor; a sum that
+    # went elsewhere would have it grow like the steps
+    assert constant(16) < 3 * coarse
+    assert constant(64) < 3 * coarse
+
+
+# captum ------------------------------------------------------------------------------------------
+
+
+def captum_ig(model: CNN3d, volume: Tensor, target: Tensor, steps: int, start: Tensor | None) -> Tensor:
+    """captum keeps its step sizes in float32; powers of two are exact in it."""
+    return IntegratedGradients(model).attribute(
+        volume, start, target, n_steps=steps, method="riemann_left", internal_batch_size=len(volume)
+    )
+
+
+@over_cases
+def test_equals_captum(case: Case):
+    model, volume, target = random_network(case), random_volume(case, 2), mixed_targets(2)
+    start = baseline_like(volume, one_for_all=False)
+    found = integrated_gradients(model, volume, target, 4, start)
+    assert difference(found, captum_ig(model, volume, target, 4, start)) < ORACLE
+
+
+@over_cases
+def test_equals_captum_from_black(case: Case):
+    """8 IG(8) - 4 IG(4) is the sum over the odd eighths: the blank image, see `without_blank`, is in both."""
+    model, volume, target = random_network(case), random_volume(case, 2), mixed_targets(2)
+    expected, found = (
+        8 * method(model, volume, target, 8, None) - 4 * method(model, volume, target, 4, None)
+        for method in (captum_ig, integrated_gradients)
+    )
+    assert difference(found, expected) < ORACLE
+
+
+@pytest.mark.parametrize("family", models.FAMILIES)
+def test_smallest_published_grid(family: str):
+    """In float32 a window whose two largest differ by rounding may have another winner.
+
+    That moves a voxel's gradient, or all that a late window sees. Few are so close, and not the same
+    on every processor: the maps agree to rounding nearly everywhere, and as a whole.
+    """
+    model, volume = smallest_network(family)
+    expected = naive_ig(model, volume, ONE, 2, first=1)
+    found = without_blank(model, volume, ONE, 2)
+    assert found.dtype == torch.float32
+    largest = expected.abs().max()
+    assert largest > 0
+    assert ((found - expected).abs() < 1e-4 * largest).double().mean() > 0.95
+    assert (found - expected).norm() < 0.1 * expected.norm()
+
+
+# Contract ----------------------------------------------------------------------------------------
+
+
+def explain(model: CNN3d, volume: Tensor, target: Tensor) -> Tensor:
+    return integrated_gradients(model, volume, target, steps=3)
+
+
+def explain_from_baseline(model: CNN3d, volume: Tensor, target: Tensor) -> Tensor:
+    return integrated_gradients(model, volume, target, 3, torch.full_like(volume[:1], 0.3))
+
+
+BOTH = pytest.mark.parametrize("explain", [explain, explain_from_baseline])
+
+
+@BOTH
+def test_model_is_left_as_found(explain):
+    check_left_as_found(explain)
+
+
+@BOTH
+def test_training_mode_does_not_matter(explain):
+    check_mode_does_not_matter(explain)
+
+
+@BOTH
+def test_result_is_like_the_volume(explain):
+    check_result_like_volume(explain)
+
+
+@BOTH
+def test_each_scan_has_its_own_target(explain):
+    check_scans_are_independent(explain)
+
+
+def test_a_baseline_of_one_serves_all_scans():
+    case = CASES["one block"]
+    model, volume, target = random_network(case), random_volume(case, 3), mixed_targets(3)
+    baseline = baseline_like(volume, one_for_all=True)
+    found = integrated_gradients(model, volume, target, 3, baseline)
+    assert difference(found, naive_ig(model, volume, target, 3, baseline)) < ORACLE
+
+
+def test_scan_that_is_its_baseline_gets_zeros():
+    case = CASES["one block"]
+    volume = random_volume(case)
+    assert integrated_gradients(random_network(case), volume, ONE, 3, volume).eq(0).all()
+
+
+@over_bad_arguments
+def test_bad_arguments(changes: dict[str, object]):
+    with pytest.raises(ValueError, match=r"CNN3d|volume|target"):
+        integrated_gradients(**arguments(**changes))
+
+
+@pytest.mark.parametrize("steps", [0, -1])
+def test_bad_steps(steps: int):
+    with pytest.raises(ValueError, match="steps"):
+        integrated_gradients(**arguments(), steps=steps)
+
+
+@pytest.mark.parametrize("shape", [(8, 8, 8), (1, 1, 8, 8, 9), (2, 1, 8, 8, 8), (1, 2, 8, 8, 8), (1,)])
+def test_bad_baseline(shape: tuple[int, ...]):
+    with pytest.raises(ValueError, match="baseline"):
+        integrated_gradients(**arguments(), baseline=torch.rand(shape))
+
+
+def test_no_block_behind_the_first_is_needed():
+    """The pooled grid may be a single voxel."""
+    model = assemble(((3, 2),), (4, 4, 4))
+    volume = torch.rand(1, 1, 4, 4, 4, dtype=torch.float64)
+    found = integrated_gradients(model, volume, ONE, 4)
+    assert difference(found, naive_ig(model, volume, ONE, 4)) < ORACLE

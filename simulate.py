@@ -34,9 +34,9 @@ CENTRE = np.array([96.0, 114.0, 88.0])  # mm from ORIGIN; heads grow and turn ab
 # Grey matter lost in Alzheimer's disease: a path in MNI mm (right side; |x| gives the left) and
 # the radius around it in mm.
 REGIONS: dict[str, tuple[list[tuple[int, int, int]], float]] = {
-    "hippocampus": ([(23, -12, -20), (27, -24, -13), (24, -36, -3)], 6.5),
-    "amygdala": ([(23, -4, -19)], 7.0),
-    "posterior cingulate and precuneus": ([(3, -46, 34), (3, -53, 27), (3, -56, 19)], 6.5),
+    "hippocampus": ([(23, -12, -20), (27, -24, -13), (24, -36, -3)], 8.0),
+    "amygdala": ([(23, -4, -19)], 8.5),
+    "posterior cingulate and precuneus": ([(3, -46, 34), (3, -53, 27), (3, -56, 19)], 8.0),
 }
 FEATHER = 6.0  # mm over which a region fades
 GREY = 0.3  # grey-matter probability from which a voxel of a region counts as truth
@@ -111,7 +111,7 @@ def draw_subject(seed: int, index: int, severity: float) -> Subject:
         shape=(np.eye(3) + rng.normal(0, 0.006, (3, 3)) + np.diag(rng.normal(0, 0.012, 3))).tolist(),
         gain=float(rng.lognormal(0, 0.15)),
         bias=float(rng.uniform(0.03, 0.08)),
-        noise=float(rng.uniform(0.02, 0.035)),
+        noise=float(rng.uniform(0.01, 0.025)),
         stream=(seed, index, 2),
     )
 

@@ -24,8 +24,8 @@ OBLIQUE = np.array(
         [0, 0, 0, 1],
     ]
 )
-# What spreadsheets and pandas like to change: leading zeros, "NA", digits.
-SUBJECTS = ["007", "010", "NA", "s-3", "1e5", "None", "s 6", "0012", "s9", "True", "s11", "007"]
+# What spreadsheets and pandas like to change: leading zeros, exponents, "NA".
+SUBJECTS = ["007", "010", "NA", "0003", "1e5", "005", "6.0", "0012", "+9", "011", "13", "007"]
 LABELS = [0, 1, 1, 0, 0, 1, 1, 0, 1, 0, 1, 0]
 MODEL = "modelB2"
 
@@ -90,9 +90,9 @@ def read_values(path: Path) -> np.ndarray:
     return np.asarray(read_nifti(path).dataobj, dtype=np.float64)
 
 
-def load_network(checkpoint: Path, shape: tuple[int, int, int] = SHAPE, name: str = MODEL) -> models.CNN3d:
+def load_network(checkpoint: Path) -> models.CNN3d:
     """The network of a checkpoint, by plain PyTorch alone, in evaluation mode."""
-    network = models.build_model(name, shape)
+    network = models.build_model(MODEL, SHAPE)
     network.load_state_dict(torch.load(checkpoint, weights_only=True), strict=True)
     return network.eval()
 

@@ -1,0 +1,632 @@
+"""train_cv.py: what a run writes, what it reproduces, how it goes on, and how it refuses."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+import torch.nn.functional as F
+from cohorts import (
+    AFFINE,
+    LABELS,
+    MODEL,
+    SHAPE,
+    SUBJECTS,
+    contents,
+    load_network,
+    load_volume,
+    only_error,
+    voxels,
+    write_cohort,
+    write_csv,
+    write_scan,
+)
+from torch.utils.data import DataLoader
+
+import dataset
+import metrics
+import models
+import train_cv
+import utils
+
+ROOT = Path(train_cv.__file__).parent
+BEYOND = str(torch.cuda.device_count())  # the first GPU that is not there; 0 where there is none
+K = 2
+FAST = ["--model", MODEL, "--device", "cpu", "--batch", "2", "--fold", str(K), "--lr", "1e-3"]
+FAST += ["--epochs", "2", "--val-fraction", "0.34", "--seed", "3"]
+PREDICTIONS = ["fold", "path", "label", "subject", "prob_1", "predicted"]
+TEXT = {"path": str, "subject": str}
+SCORES = ["accuracy", "balanced_accuracy", "auc", "sensitivity", "specificity"]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _few_draws() -> Iterator[None]:
+    """Fifty bootstrap draws in place of a thousand, for speed; test_metrics.py has the bootstrap."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(metrics, "DRAWS", 50)
+        yield
+
+
+@pytest.fixture(scope="module")
+def csv(tmp_path_factory) -> Path:
+    """Twelve scans and their CSV; read only."""
+    return write_cohort(tmp_path_factory.mktemp("cohort"))
+
+
+def train(csv: Path, outpath: Path, *options: str) -> int:
+    return train_cv.main(["--path", str(csv), "--outpath", str(outpath), *FAST, *options])
+
+
+@pytest.fixture(scope="module")
+def run(csv, tmp_path_factory) -> Path:
+    """A finished run of two folds; read only."""
+    folder = tmp_path_factory.mktemp("run") / "models"
+    assert train(csv, folder) == 0
+    return folder
+
+
+@pytest.fixture
+def copy(run, tmp_path) -> Path:
+    """The finished run, to be changed."""
+    return Path(shutil.copytree(run, tmp_path / "copy"))
+
+
+def read_table(path: Path) -> pd.DataFrame:
+    """A CSV as it stands: "NA" is a subject, "007" is not 7."""
+    return pd.read_csv(path, dtype=TEXT, keep_default_na=False)
+
+
+def load_state(folder: Path, fold: int) -> dict[str, torch.Tensor]:
+    return torch.load(folder / f"state_dict_f{fold}.pth", weights_only=True)
+
+
+def same_state(first: dict[str, torch.Tensor], second: dict[str, torch.Tensor]) -> bool:
+    return first.keys() == second.keys() and all(torch.equal(first[key], second[key]) for key in first)
+
+
+# What a run writes -------------------------------------------------------------------------------
+
+
+def test_defaults_are_the_specified_ones():
+    args = vars(train_cv.get_parser().parse_args(["--path", "data.csv"]))
+    assert args == {
+        "path": Path("data.csv"),
+        "outpath": Path("models"),
+        "model": "modelA24",
+        "device": "auto",
+        "batch": 5,
+        "fold": 5,
+        "lr": 1e-4,
+        "wd": 1e-4,
+        "epochs": 200,
+        "patience": 10,
+        "delta": 0,
+        "split": "stratified",
+        "val_fraction": 0.2,
+        "seed": 0,
+        "run_folds": None,
+        "precision": "fp32",
+        "workers": args["workers"],
+        "cache": "auto",
+        "overwrite": False,
+    }
+
+
+def test_run_writes_these_files_and_no_others(run):
+    names = {"run.json", "folds.csv", "predictions.csv", "metrics.csv", "training.png"}
+    names |= {
+        f"{stem.format(fold)}" for stem in ("state_dict_f{}.pth", "history_f{}.csv") for fold in range(K)
+    }
+    assert set(contents(run)) == names
+    assert (run / "training.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_run_record(run, csv):
+    record = json.loads((run / "run.json").read_text())
+    assert record["csv"] == str(csv.resolve())
+    assert record["csv_sha256"] == utils.sha256(csv)
+    assert (record["model"], record["seed"]) == (MODEL, 3)
+    assert record["grid"] == {"shape": list(SHAPE), "affine": AFFINE.tolist()}
+    assert record["versions"] == utils.versions()
+    wanted = {
+        "batch": 2,
+        "fold": 2,
+        "lr": 1e-3,
+        "epochs": 2,
+        "wd": 1e-4,
+        "patience": 10,
+        "split": "stratified",
+    }
+    assert record["arguments"].items() >= wanted.items()
+
+
+def test_folds_table(run, csv):
+    folds = read_table(run / "folds.csv")
+    assert list(folds.columns) == ["fold", "role", "path", "label", "subject"]
+    expected = dataset.make_folds(dataset.read_csv(csv), K, "stratified", 0.34, 3)
+    assert folds.to_numpy().tolist() == expected.to_numpy().tolist()
+    assert folds[:12]["path"].tolist() == [f"scans/{i:03d}.nii" for i in range(12)]
+    assert folds[:12]["subject"].tolist() == SUBJECTS
+
+
+def test_weights_are_a_plain_published_state_dict(run):
+    published = models.build_model(MODEL, SHAPE).state_dict()
+    for fold in range(K):
+        state = load_state(run, fold)
+        assert list(state) == list(published)
+        for key, value in state.items():
+            assert (value.shape, value.dtype) == (published[key].shape, published[key].dtype)
+            assert value.is_contiguous()
+            assert value.device.type == "cpu"
+            assert torch.isfinite(value).all()
+        # nothing but these numbers is stored: no views into larger tensors
+        size = sum(value.numel() * value.element_size() for value in state.values())
+        assert (run / f"state_dict_f{fold}.pth").stat().st_size < size + 40_000
+    assert not same_state(load_state(run, 0), load_state(run, 1))
+
+
+def test_history_has_a_row_per_epoch(run):
+    folds = read_table(run / "folds.csv")
+    for fold in range(K):
+        history = pd.read_csv(run / f"history_f{fold}.csv")
+        assert list(history.columns) == ["epoch", "train_loss", "valid_loss", "valid_accuracy", "seconds"]
+        assert list(history["epoch"]) == [1, 2]
+        assert np.isfinite(history.to_numpy()).all()
+        assert (history["seconds"] > 0).all()
+        right = history["valid_accuracy"] * len(dataset.rows(folds, fold, "val"))
+        assert np.allclose(right, right.round(), rtol=0, atol=1e-6)  # whole scans, in float32
+
+
+def test_predictions_hold_every_scan_once_from_its_own_test_fold(run):
+    predictions, folds = read_table(run / "predictions.csv"), read_table(run / "folds.csv")
+    assert list(predictions.columns) == PREDICTIONS
+    tests = folds[folds["role"] == "test"]
+    columns = ["fold", "path", "label", "subject"]
+    assert predictions[columns].to_numpy().tolist() == tests[columns].to_numpy().tolist()
+    assert sorted(predictions["path"]) == [f"scans/{i:03d}.nii" for i in range(12)]
+    assert predictions["predicted"].tolist() == (predictions["prob_1"] > 0.5).astype(int).tolist()
+
+
+def test_predictions_are_those_of_the_saved_weights(run, csv):
+    predictions = read_table(run / "predictions.csv")
+    found: dict[int, list[float]] = {0: [], 1: []}
+    for fold in range(K):
+        network = load_network(run / f"state_dict_f{fold}.pth")
+        for path in predictions["path"]:
+            with torch.no_grad():
+                logits = network(load_volume(csv.parent / path))
+            found[fold].append(float(logits.double().softmax(1)[0, 1]))
+    own, other = (
+        np.choose(predictions["fold"].to_numpy() ^ swap, [np.array(found[0]), np.array(found[1])])
+        for swap in (0, 1)
+    )
+    # float32 sums of another order: one scan at once here, two there
+    assert np.allclose(predictions["prob_1"], own, rtol=0, atol=1e-5)
+    assert np.abs(predictions["prob_1"] - other).min() > 1e-5  # so the test would see swapped folds
+
+
+def test_saved_weights_are_those_of_the_best_epoch(run, csv):
+    folds = read_table(run / "folds.csv")
+    for fold in range(K):
+        network = load_network(run / f"state_dict_f{fold}.pth")
+        val = folds[(folds["fold"] == fold) & (folds["role"] == "val")]
+        with torch.no_grad():
+            logits = torch.cat([network(load_volume(csv.parent / path)) for path in val["path"]])
+        loss = F.cross_entropy(logits, torch.tensor(val["label"].tolist())).item()
+        history = pd.read_csv(run / f"history_f{fold}.csv")
+        assert loss == pytest.approx(history["valid_loss"].min(), abs=1e-5)  # float32, other batches
+        assert abs(history["valid_loss"].diff()[1]) > 1e-4  # so the test would see the other epoch
+
+
+def test_metrics_table(run):
+    predictions = read_table(run / "predictions.csv")
+    found = pd.read_csv(run / "metrics.csv")
+    bounds = [f"{name}_{end}" for name in SCORES for end in ("low", "high")]
+    assert list(found.columns) == ["fold", "n", *SCORES, "tp", "tn", "fp", "fn", *bounds]
+    assert list(found["fold"]) == ["0", "1", "pooled"]
+    expected = metrics.metrics_table(predictions, seed=3)
+    numbers = found.columns[1:]
+    assert np.array_equal(found[numbers].to_numpy(float), expected[numbers].to_numpy(float), equal_nan=True)
+
+
+# Reproducing, going on, starting again -----------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def in_turn(csv, tmp_path_factory) -> Path:
+    """The same run, fold by fold and backwards; read only."""
+    folder = tmp_path_factory.mktemp("turn") / "models"
+    assert train(csv, folder, "--run-folds", "1") == 0
+    assert set(contents(folder)) == {"run.json", "folds.csv", "state_dict_f1.pth", "history_f1.csv"}
+    assert train(csv, folder, "--run-folds", "0") == 0
+    return folder
+
+
+@pytest.mark.parametrize("fold", range(K))
+def test_same_seed_gives_the_same_weights_bit_for_bit(run, in_turn, fold):
+    assert same_state(load_state(run, fold), load_state(in_turn, fold))
+
+
+@pytest.mark.parametrize("name", ["predictions.csv", "metrics.csv", "folds.csv", "run.json"])
+def test_folds_in_turn_give_the_same_files_as_all_at_once(run, in_turn, name):
+    assert (in_turn / name).read_bytes() == (run / name).read_bytes()
+
+
+def test_another_seed_or_fold_starts_from_other_weights():
+    grid = dataset.Grid(SHAPE, AFFINE, None)  # type: ignore[arg-type]
+
+    def start(seed: int, fold: int) -> dict[str, torch.Tensor]:
+        return train_cv.new_training(MODEL, grid, torch.device("cpu"), 1e-3, 0, seed, fold)[0].state_dict()
+
+    assert same_state(start(3, 1), start(3, 1))
+    assert not same_state(start(3, 1), start(4, 1))
+    assert not same_state(start(3, 1), start(3, 0))
+    assert not same_state(start(0, 1), start(1, 0))
+
+
+@pytest.mark.parametrize("cache", ["disk", "none"])
+def test_cache_and_workers_do_not_change_the_weights(run, csv, tmp_path, cache):
+    assert train(csv, tmp_path, "--run-folds", "0", "--cache", cache, "--workers", "1") == 0
+    assert same_state(load_state(run, 0), load_state(tmp_path, 0))
+
+
+def test_second_call_keeps_the_folds(copy, csv, capsys):
+    kept = [copy / f"state_dict_f{fold}.pth" for fold in range(K)]
+    times = [path.stat().st_mtime_ns for path in kept]
+    before = contents(copy)
+    assert train(csv, copy) == 0
+    assert [path.stat().st_mtime_ns for path in kept] == times
+    after = contents(copy)
+    for name in ("predictions.csv", "metrics.csv", "history_f0.csv", "run.json", "folds.csv"):
+        assert after[name] == before[name]
+    assert capsys.readouterr().out.count("kept") == K
+
+
+def test_lost_fold_is_trained_again_and_the_other_is_kept(copy, run, csv):
+    (copy / "state_dict_f1.pth").unlink()
+    time = (copy / "state_dict_f0.pth").stat().st_mtime_ns
+    assert train(csv, copy) == 0
+    assert (copy / "state_dict_f0.pth").stat().st_mtime_ns == time
+    assert same_state(load_state(copy, 1), load_state(run, 1))
+    assert (copy / "predictions.csv").read_bytes() == (run / "predictions.csv").read_bytes()
+
+
+def test_interrupted_run_leaves_no_half_fold_and_goes_on(csv, run, tmp_path, monkeypatch):
+    honest = train_cv.evaluate
+    calls = []
+
+    def interrupted(model, loader):
+        calls.append(1)
+        if len(calls) == 4:  # the last epoch of fold 1
+            raise KeyboardInterrupt
+        return honest(model, loader)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(train_cv, "evaluate", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            train(csv, tmp_path)
+    assert set(contents(tmp_path)) == {"run.json", "folds.csv", "state_dict_f0.pth", "history_f0.csv"}
+    assert train(csv, tmp_path) == 0
+    assert (tmp_path / "predictions.csv").read_bytes() == (run / "predictions.csv").read_bytes()
+
+
+def test_two_jobs_at_once_share_a_folder(csv, run, tmp_path, monkeypatch):
+    """A job array: fold 1 is trained by another call, while fold 0 is."""
+    honest = train_cv.train_fold
+    others = [["--run-folds", "1"]]
+
+    def busy(*args):
+        if others:
+            assert train(csv, tmp_path, *others.pop()) == 0
+        return honest(*args)
+
+    monkeypatch.setattr(train_cv, "train_fold", busy)
+    # the inner call draws random numbers, so the outer one must have drawn its weights before
+    assert train(csv, tmp_path, "--run-folds", "0") == 0
+    assert {"predictions.csv", "metrics.csv", "training.png"} <= set(contents(tmp_path))
+    assert same_state(load_state(tmp_path, 1), load_state(run, 1))
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        (["--lr", "2e-3"], ["lr", "0.001", "0.002"]),
+        (["--seed", "4"], ["seed", "3", "4"]),
+        (["--model", "modelB1"], ["model", "modelB1", "modelB2"]),
+        (["--fold", "3"], ["fold", "2", "3"]),
+        (["--precision", "bf16"], ["precision", "bf16", "fp32"]),
+    ],
+)
+def test_other_arguments_are_refused(run, csv, capsys, options, words):
+    before = contents(run)
+    assert train(csv, run, *options) == 2
+    line = only_error(capsys.readouterr().err)
+    assert all(word in line for word in [*words, "--overwrite"])
+    assert "patience" not in line  # which is the same in both runs
+    assert contents(run) == before
+
+
+def test_other_scans_are_refused(run, csv, capsys):
+    before = contents(run)
+    rows = [(f"scans/{i:03d}.nii", label) for i, label in enumerate(LABELS)]
+    assert train(write_csv(csv.with_name("other.csv"), rows), run) == 2
+    line = only_error(capsys.readouterr().err)
+    assert "csv" in line
+    assert "patience" not in line
+    assert contents(run) == before
+
+
+def test_results_without_a_record_are_not_written_over(copy, csv, capsys):
+    (copy / "run.json").unlink()
+    before = contents(copy)
+    assert train(csv, copy) == 2
+    assert "--overwrite" in only_error(capsys.readouterr().err)
+    assert contents(copy) == before
+
+
+def test_overwrite_starts_afresh_and_leaves_other_files(copy, csv):
+    (copy / "notes.txt").write_text("mine")
+    (copy / "state_dict_f4.pth").write_text("of a run of five folds")
+    assert train(csv, copy, "--epochs", "1", "--run-folds", "0", "--overwrite") == 0
+    names = {"run.json", "folds.csv", "state_dict_f0.pth", "history_f0.csv", "notes.txt"}
+    assert set(contents(copy)) == names
+    assert (copy / "notes.txt").read_text() == "mine"
+    assert len(pd.read_csv(copy / "history_f0.csv")) == 1
+
+
+def test_history_that_was_deleted_is_no_traceback(copy, csv, capsys):
+    (copy / "history_f1.csv").unlink()
+    status = train(csv, copy)
+    assert status == 0 or "history_f1.csv" in only_error(capsys.readouterr().err)
+
+
+# Other ways to train -----------------------------------------------------------------------------
+
+
+def test_bf16_trains_float32_weights_of_its_own(run, csv, tmp_path):
+    assert train(csv, tmp_path, "--precision", "bf16", "--run-folds", "0") == 0
+    state = load_state(tmp_path, 0)
+    assert not same_state(state, load_state(run, 0))
+    assert all(torch.isfinite(value).all() for value in state.values())
+    assert {value.dtype for value in state.values()} == {torch.float32, torch.int64}
+    losses = [pd.read_csv(folder / "history_f0.csv")["train_loss"][0] for folder in (tmp_path, run)]
+    # one epoch of two steps: bfloat16 keeps 8 bits, so the loss agrees to a few percent
+    assert losses[0] == pytest.approx(losses[1], rel=0.1)
+
+
+def test_headerless_csv_and_contiguous_split(csv, tmp_path):
+    rows = [(csv.parent / f"scans/{i:03d}.nii", label) for i, label in enumerate(LABELS[:11])]
+    plain = write_csv(tmp_path / "plain.csv", rows)
+    options = ["--split", "contiguous", "--val-fraction", "0.4", "--epochs", "1"]
+    assert train(plain, tmp_path / "out", *options) == 0
+    predictions = read_table(tmp_path / "out" / "predictions.csv")
+    assert predictions["path"].tolist() == [str(path) for path, _ in rows]
+    assert predictions["subject"].tolist() == predictions["path"].tolist()
+    assert predictions["fold"].tolist() == [0] * 5 + [1] * 6  # 11 // 2, the remainder in the last
+
+
+# One fold ----------------------------------------------------------------------------------------
+
+
+def stubbed_fold(
+    monkeypatch: pytest.MonkeyPatch, losses: list[float], patience: int = 10, delta: float = 0.0
+) -> tuple[int, pd.DataFrame]:
+    """Train a real network with validation losses that are given; every epoch adds 1 to its last bias.
+
+    Returns the epoch whose weights came back, and the history.
+    """
+    model = models.build_model("modelB1", (94, 94, 94))
+    torch.nn.init.zeros_(model.linears()[1].bias)
+    given = iter(losses)
+
+    def train_epoch(model, *_):
+        with torch.no_grad():
+            model.linears()[1].bias += 1
+        return 0.5
+
+    monkeypatch.setattr(train_cv, "train_epoch", train_epoch)
+    monkeypatch.setattr(train_cv, "evaluate", lambda *_: (next(given), 0.75))
+    nothing: DataLoader = DataLoader([])  # type: ignore[arg-type]
+    optimiser = torch.optim.Adam(model.parameters())
+    state, history = train_cv.train_fold(
+        model, optimiser, nothing, nothing, len(losses), patience, delta, torch.float32, "fold 0"
+    )
+    return int(state["classifier.3.bias"][0]), history
+
+
+@pytest.mark.parametrize(
+    ("losses", "patience", "delta", "best", "epochs"),
+    [
+        ([3, 2, 1], 1, 0, 3, 3),
+        ([1, 2, 3, 4], 10, 0, 1, 4),
+        ([1, 2, 3, 0.5], 2, 0, 1, 3),
+        ([1, 2, 3, 0.5], 3, 0, 4, 4),
+        ([1, 2, 0.9, 2, 0.8, 2, 2, 0.1], 2, 0, 5, 7),
+        ([1, 1, 1, 1], 3, 0, 1, 4),
+        ([1, 0.95, 0.91, 0.85, 0.8], 10, 0.1, 4, 5),
+        ([1, 0.95, 0.91, 0.85, 0.8], 2, 0.1, 1, 3),
+        ([1, 0.75], 10, 0.25, 1, 2),
+        ([9, 2], 10, 100, 1, 2),
+        ([5], 1, 0, 1, 1),
+    ],
+)
+def test_early_stopping(monkeypatch, losses, patience, delta, best, epochs):
+    epoch, history = stubbed_fold(monkeypatch, losses, patience, delta)
+    assert epoch == best
+    assert history["epoch"].tolist() == list(range(1, epochs + 1))
+    assert history["valid_loss"].tolist() == losses[:epochs]
+    assert set(history["train_loss"]) == {0.5}
+    assert set(history["valid_accuracy"]) == {0.75}
+
+
+@pytest.mark.parametrize("losses", [[float("nan")], [1.0, float("nan")]])
+def test_validation_loss_that_is_nan_stops(monkeypatch, losses):
+    with pytest.raises(utils.InputError, match=f"fold 0, epoch {len(losses)}"):
+        stubbed_fold(monkeypatch, losses)
+
+
+def test_loss_that_is_not_finite_stops_the_fold(csv, tmp_path, capsys):
+    # the first step throws the weights out of float32's range, the second batch has no finite loss
+    assert train(csv, tmp_path, "--lr", "1e30", "--run-folds", "1") == 2
+    line = only_error(capsys.readouterr().err)
+    assert all(word in line for word in ["fold 1", "epoch 1", "batch 2", "--lr"])
+    assert set(contents(tmp_path)) <= {"run.json", "folds.csv"}
+
+
+def test_weights_that_blow_up_in_the_last_step_are_not_saved(csv, tmp_path, capsys):
+    # one batch holds all training scans: its own loss is fine, and what follows is not
+    assert train(csv, tmp_path, "--lr", "1e30", "--batch", "12", "--epochs", "1", "--run-folds", "0") == 2
+    line = only_error(capsys.readouterr().err)
+    assert all(word in line for word in ["fold 0", "epoch 1", "--lr"])
+    assert set(contents(tmp_path)) <= {"run.json", "folds.csv"}
+
+
+def test_loader_shuffles_training_and_nothing_else(csv):
+    table = dataset.read_csv(csv)
+    folds = dataset.make_folds(table, K, "stratified", 0.34, 3)
+    scans = dataset.Scans(table, np.arange(12, dtype=np.float32).reshape(12, 1, 1, 1))
+
+    def order(role: str) -> list[list[int]]:
+        loader = train_cv.make_loader(scans, folds, 0, role, batch=2, workers=0, seed=3)
+        return [[int(i) for volume, _ in loader for i in volume.flatten()] for _ in range(8)]
+
+    expected = dataset.rows(folds, 0, "train")
+    passes = order("train")
+    assert all(sorted(once) == expected for once in passes)
+    assert len({tuple(once) for once in passes}) > 1
+    assert order("train") == passes
+    for role in ("val", "test"):
+        assert order(role) == [dataset.rows(folds, 0, role)] * 8
+
+
+# Mistakes ----------------------------------------------------------------------------------------
+
+
+def bad_csv(kind: str, csv: Path, folder: Path) -> Path:
+    """A CSV of good scans and one mistake."""
+    scans = csv.parent / "scans"
+    rows: list[tuple[object, ...]] = [(scans / f"{i:03d}.nii", label) for i, label in enumerate(LABELS)]
+    values = voxels(0).astype(np.float32)
+    if kind == "no-csv":
+        return folder / "no.csv"
+    if kind == "empty":
+        rows = []
+    elif kind == "label":
+        rows[3] = (rows[3][0], 2)
+    elif kind == "one-class":
+        rows = [(path, 0) for path, _ in rows]
+    elif kind == "missing":
+        rows[3] = (folder / "missing.nii", 1)
+    elif kind == "shape":
+        rows[3] = (write_scan(folder / "shape.nii", values[:-1]), 1)
+    elif kind == "affine":
+        rows[3] = (write_scan(folder / "affine.nii", values, np.eye(4)), 1)
+    elif kind == "constant":
+        rows[3] = (write_scan(folder / "constant.nii", np.full_like(values, 7)), 1)
+    elif kind == "nan":
+        values[9, 9, 9] = np.nan
+        rows[3] = (write_scan(folder / "nan.nii", values), 1)
+    return write_csv(folder / f"{kind}.csv", rows)
+
+
+@pytest.mark.parametrize(
+    ("kind", "words"),
+    [
+        ("no-csv", ["no.csv", "no such CSV"]),
+        ("empty", ["empty.csv"]),
+        ("label", ["label.csv", "row 4", "'2'", "0 or 1"]),
+        ("one-class", ["12 of label 0", "0 of label 1"]),
+        ("missing", ["1 of 12", "missing.nii", "no such file"]),
+        ("shape", ["1 of 12", "shape.nii", "(93, 95, 96)", "(94, 95, 96)"]),
+        ("affine", ["1 of 12", "affine.nii", "affine"]),
+        ("constant", ["1 of 12", "constant.nii", "constant", "7"]),
+        ("nan", ["1 of 12", "nan.nii", "NaN"]),
+    ],
+)
+@pytest.mark.parametrize("cache", ["auto", "disk"])
+def test_bad_cohort(csv, tmp_path, capsys, kind, words, cache):
+    bad = bad_csv(kind, csv, tmp_path)
+    assert train(bad, tmp_path / "out", "--cache", cache) == 2
+    line = only_error(capsys.readouterr().err)
+    assert all(word in line for word in words), line
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        (["--model", "modelE24"], ["--model", "modelE24", "A-D"]),
+        (["--model", "modelB0"], ["--model", "modelB0"]),
+        (["--model", "modelA2"], ["--model", "modelA2", "110x110x110", "94x95x96"]),
+        (["--device", BEYOND], [f"--device {BEYOND}"]),
+        (["--device", "tpu"], ["--device tpu"]),
+        (["--fold", "1"], ["--fold", "'1'", ">= 2"]),
+        (["--fold", "7"], ["7 stratified folds"]),
+        (["--batch", "0"], ["--batch", "'0'", ">= 1"]),
+        (["--batch", "2.5"], ["--batch", "'2.5'"]),
+        (["--lr", "0"], ["--lr", "'0'", "> 0"]),
+        (["--lr", "nan"], ["--lr", "'nan'"]),
+        (["--wd", "-1"], ["--wd"]),
+        (["--epochs", "0"], ["--epochs", "'0'"]),
+        (["--patience", "0"], ["--patience", "'0'"]),
+        (["--val-fraction", "1"], ["--val-fraction", "'1'"]),
+        (["--val-fraction", "0.01"], ["--val-fraction 0.01"]),
+        (["--run-folds", "9"], ["--run-folds 9", "0 to 1"]),
+        (["--run-folds", "-1"], ["--run-folds"]),
+        (["--split", "random"], ["--split", "stratified", "contiguous"]),
+        (["--split", "contiguous"], ["contiguous", "subject 007"]),
+        (["--precision", "fp16"], ["--precision", "fp32", "bf16"]),
+        (["--cache", "tape"], ["--cache", "ram", "disk"]),
+        (["--seed", "-1"], ["--seed"]),
+        (["--seed", "4294967296"], ["--seed", "4294967296"]),
+        (["--epoch", "3"], ["--epoch"]),
+        (["--folds", "3"], ["--folds"]),
+    ],
+)
+def test_bad_option(csv, tmp_path, capsys, options, words):
+    assert train(csv, tmp_path / "out", *options) == 2
+    captured = capsys.readouterr()
+    line = only_error(captured.err)
+    assert all(word in line for word in words), line
+    assert not (tmp_path / "out").exists()
+
+
+def test_path_is_required(capsys):
+    assert train_cv.main([]) == 2
+    assert "--path" in only_error(capsys.readouterr().err)
+
+
+def test_outpath_that_is_a_file(csv, tmp_path, capsys):
+    (tmp_path / "out").write_text("mine")
+    for outpath in (tmp_path / "out", tmp_path / "out" / "below"):
+        assert train(csv, outpath) == 2
+        assert "--outpath" in only_error(capsys.readouterr().err)
+    assert contents(tmp_path) == {"out": b"mine"}
+
+
+def test_checkpoint_of_another_kind_in_the_folder_is_one_line(copy, csv, capsys):
+    (copy / "state_dict_f1.pth").write_bytes(b"not a checkpoint")
+    assert train(csv, copy) == 2
+    assert "state_dict_f1.pth" in only_error(capsys.readouterr().err)
+
+
+def test_as_a_script(tmp_path):
+    """The command as users run it: from another folder, a mistake, one line, status 2."""
+    done = subprocess.run(
+        [sys.executable, ROOT / "train_cv.py", "--path", "none.csv", "--device", "cpu"],
+        cwd=tmp_path,
+        env=os.environ | {"PYTHONDONTWRITEBYTECODE": "1"},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 2
+    assert "none.csv" in only_error(done.stderr)
+    assert contents(tmp_path) == {}

@@ -80,13 +80,22 @@ def _check_rows(table: pd.DataFrame, csv: Path) -> pd.DataFrame:
             raise utils.InputError(f"{csv}: row {row + 1}: the {column} is blank")
     for row in table.index[~table["label"].isin(["0", "1"])]:
         raise utils.InputError(f"{csv}: row {row + 1}: label '{table['label'][row]}' is not 0 or 1")
+    rows = list(zip(table.index.tolist(), table["path"], strict=True))
     table = table.assign(
         label=table["label"].astype(int),
-        file=table["path"].map(lambda path: Path(os.path.abspath(csv.parent / Path(path).expanduser()))),
+        file=pd.Series({row: _locate(path, csv, f"row {row + 1}") for row, path in rows}, dtype=object),
     )
     for row in table.index[table["file"].duplicated()]:
         raise utils.InputError(f"{csv}: row {row + 1}: {table['path'][row]} is listed twice")
     return table.reset_index(drop=True)
+
+
+def _locate(path: str, csv: Path, row: str) -> Path:
+    """Absolute path of a scan, relative to the CSV's folder."""
+    try:
+        return Path(os.path.abspath(csv.parent / Path(path).expanduser()))
+    except RuntimeError as problem:
+        raise utils.InputError(f"{csv}: {row}: {path}: {problem}") from problem
 
 
 # Scans -------------------------------------------------------------------------------------------
@@ -177,10 +186,11 @@ def read_scan(file: Path) -> np.ndarray:
         raise utils.InputError("has voxels that are NaN or infinite")
     if low == high:
         raise utils.InputError(f"is constant (every voxel is {low:g})")
-    # in place where nibabel handed out memory of its own: a scan at 1 mm is 40 MB
+    if high / 2 - low / 2 > np.finfo(np.float32).max / 2:
+        raise utils.InputError(f"has voxels from {low:g} to {high:g}, too far apart for float32")
     values = values - low
-    values *= np.float32(1) / (high - low)
-    return np.minimum(values, 1, out=values)
+    values /= high - low
+    return values
 
 
 def _report(problems: list[str], total: int) -> None:
@@ -230,7 +240,7 @@ def open_scans(table: pd.DataFrame, grid: Grid, cache: str, folder: Path, worker
         grid: from `check_grid`.
         cache: "ram"; "disk", one memory-mapped file in `folder`, reused as long as no scan changes;
             "none", decode again at every use; "auto", the first of these that takes at most half of
-            the free memory or disk.
+            the free memory or disk; "reuse", a disk cache that is there, else none.
         folder: where a disk cache lies.
         workers: threads that decode.
 
@@ -240,16 +250,22 @@ def open_scans(table: pd.DataFrame, grid: Grid, cache: str, folder: Path, worker
     size = 4 * len(table) * prod(grid.shape)
     stored = folder / f"scans-{_cache_key(table, grid)}.float32"
     shape = (len(table), *grid.shape)
-    if cache in ("auto", "disk") and stored.exists() and stored.stat().st_size == size:
+    if cache in ("auto", "disk", "reuse") and stored.exists() and stored.stat().st_size == size:
         print(f"scans: {len(table)}, read from {stored}")
         return Scans(table, np.memmap(stored, np.float32, "r", shape=shape))
     if cache == "auto":
         cache = choose_cache(size, folder)
-    where = {"ram": "in memory", "disk": f"in {stored}", "none": "not cached"}[cache]
+    where = {"ram": "in memory", "disk": f"in {stored}"}.get(cache, "not cached")
     print(f"scans: {len(table)} of {'x'.join(map(str, grid.shape))} voxels, {size / 1e9:.2f} GB, {where}")
     if cache == "disk":
-        with utils.whole_file(stored) as path:
-            _decode(table, np.memmap(path, np.float32, "w+", shape=shape), workers)
+        missing = [place for place in (folder, *folder.parents) if not place.exists()]
+        try:
+            with utils.whole_file(stored) as path:
+                _decode(table, np.memmap(path, np.float32, "w+", shape=shape), workers)
+        except utils.InputError:
+            for place in missing:
+                place.rmdir()
+            raise
         return Scans(table, np.memmap(stored, np.float32, "r", shape=shape))
     store = np.empty(shape, np.float32) if cache == "ram" else None
     _decode(table, store, workers)
@@ -318,7 +334,8 @@ def make_folds(table: pd.DataFrame, k: int, split: str, val_fraction: float, see
         k: number of folds, >= 2.
         split: a key of SPLITS. "stratified": test folds stratified by label and shuffled;
             "contiguous": the published blocks in the CSV's order.
-        val_fraction: share of a fold's training subjects kept for validation, stratified, shuffled.
+        val_fraction: share of a fold's training subjects kept for validation, stratified, shuffled;
+            0 where nothing is to be trained.
         seed: of both shuffles.
 
     Returns:
@@ -330,7 +347,7 @@ def make_folds(table: pd.DataFrame, k: int, split: str, val_fraction: float, see
     subjects = table.groupby("subject", sort=False)["label"].max()
     names, labels = subjects.index.to_numpy(dtype=object), subjects.to_numpy()
     counts = np.bincount(labels, minlength=2)
-    needed = k if split == "stratified" else 1
+    needed = k if split == "stratified" else int(val_fraction > 0)
     if counts.min() < needed or counts.sum() < k:
         raise utils.InputError(
             f"{k} {split} folds need at least {needed} subjects of each label and {k} in all; "
@@ -339,7 +356,7 @@ def make_folds(table: pd.DataFrame, k: int, split: str, val_fraction: float, see
     folds = []
     for fold, test in enumerate(SPLITS[split](table, names, labels, k, seed)):
         rest = np.flatnonzero(~np.isin(names, test))
-        val = names[_validation(rest, labels[rest], val_fraction, seed)]
+        val = names[_validation(rest, labels[rest], val_fraction, seed)] if val_fraction else []
         role = np.where(table["subject"].isin(test), "test", "train")
         role[table["subject"].isin(val)] = "val"
         folds.append(table[COLUMNS].assign(fold=fold, role=role))
@@ -355,11 +372,16 @@ def rows(folds: pd.DataFrame, fold: int, role: str) -> list[int]:
 def _validation(rest: np.ndarray, labels: np.ndarray, fraction: float, seed: int) -> np.ndarray:
     """Choose the validation subjects among the training part, in proportion to the labels."""
     size = round(fraction * len(rest))
-    if size < 2 or len(rest) - size < 2 or np.bincount(labels, minlength=2).min() < 2:
-        raise utils.InputError(
-            f"--val-fraction {fraction:g} of {len(rest)} training subjects leaves a set without both labels"
+    if min(size, len(rest) - size, np.bincount(labels, minlength=2).min()) >= 2:
+        train, val = train_test_split(
+            np.arange(len(rest)), test_size=size, stratify=labels, random_state=seed
         )
-    return train_test_split(rest, test_size=size, stratify=labels, random_state=seed)[1]
+        if set(labels[train]) == set(labels[val]) == {0, 1}:
+            return rest[val]
+    raise utils.InputError(
+        f"--val-fraction {fraction:g} of {len(rest)} training subjects leaves training or validation "
+        "without both labels"
+    )
 
 
 def _stratified(table: pd.DataFrame, names: np.ndarray, labels: np.ndarray, k: int, seed: int) -> list:

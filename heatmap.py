@@ -108,7 +108,7 @@ def find_run(modelpath: Path, csv: Path | None, model: str | None, k: int | None
         f"{modelpath} holds no run.json: published checkpoints, explained on the published contiguous folds"
     )
     table, k = dataset.read_csv(csv), k or 5
-    folds = dataset.make_folds(table, k, "contiguous", val_fraction=0.2, seed=0)
+    folds = dataset.make_folds(table, k, "contiguous", val_fraction=0, seed=0)  # nothing is trained here
     return Run(csv, table, dataset.check_grid(table), folds, model, k)
 
 
@@ -138,7 +138,7 @@ def _recorded_run(modelpath: Path, csv: Path | None, model: str | None, k: int |
     return Run(csv, table, grid, folds, trained_model, trained_k)
 
 
-def check_weights(run: Run, modelpath: Path, folds: list[int]) -> dict[str, str]:
+def check_weights(run: Run, modelpath: Path, folds: list[int]) -> dict[int, str]:
     """Load the weights of every fold once; returns their SHA-256 by fold."""
     try:
         model = models.build_model(run.model, run.grid.shape)
@@ -146,7 +146,7 @@ def check_weights(run: Run, modelpath: Path, folds: list[int]) -> dict[str, str]
         raise utils.InputError(f"--model: {problem}") from problem
     for fold in folds:
         models.load_weights(model, run.checkpoint(modelpath, fold), torch.device("cpu"))
-    return {str(fold): utils.sha256(run.checkpoint(modelpath, fold)) for fold in folds}
+    return {fold: utils.sha256(run.checkpoint(modelpath, fold)) for fold in folds}
 
 
 # One fold ----------------------------------------------------------------------------------------
@@ -244,7 +244,7 @@ def explain_fold(
     total: Any = 0.0
     rows: list[pd.DataFrame] = []
     done = 0
-    with utils.progress(None, len(loader.dataset), desc=name) as bar:  # type: ignore[arg-type]
+    with utils.progress(None, len(loader.dataset), desc=name) as bar:
         for volume, label in loader:
             volume, label = volume.to(device, non_blocking=True), label.to(device)
             with torch.no_grad():
@@ -302,6 +302,49 @@ def method_options(args: argparse.Namespace) -> dict[str, Any]:
     return {name: getattr(args, name) for name in ("target", "save_subjects", *own)}
 
 
+def read_subjects(folder: Path) -> pd.DataFrame:
+    """The rows of subjects.csv so far; none where it does not exist. Paths and subjects stay text."""
+    file = folder / "subjects.csv"
+    if not file.exists():
+        return pd.DataFrame(columns=SUBJECT_COLUMNS)
+    text = {"path": str, "subject": str}
+    return pd.read_csv(file, dtype=text, keep_default_na=False, na_values={"residual": [""]})
+
+
+def save_rows(folder: Path, fold: int, rows: pd.DataFrame, digest: str) -> None:
+    """Enter a fold into subjects.csv, then into map.json, which says that it is finished."""
+    with utils.locked(folder):
+        others = read_subjects(folder)
+        tables = [part for part in (others[others["fold"] != fold], rows) if len(part)]
+        utils.write_csv(pd.concat(tables).sort_values("fold", kind="stable"), folder / "subjects.csv")
+        record = utils.read_json(folder / "map.json")
+        record["weights_sha256"][str(fold)] = digest
+        utils.write_json(record, folder / "map.json")
+
+
+def finished_folds(folder: Path, run: Run, modelpath: Path) -> list[int]:
+    """The folds whose map was made with the weights that are there now."""
+    made = utils.read_json(folder / "map.json")["weights_sha256"]
+    known = set(read_subjects(folder)["fold"])
+    finished = []
+    for fold in known & set(range(run.k)):
+        weights = run.checkpoint(modelpath, fold)
+        if weights.exists() and (folder / f"map_f{fold}.nii.gz").exists():
+            finished += [fold] if made.get(str(fold)) == utils.sha256(weights) else []
+    return finished
+
+
+def summary(subjects: pd.DataFrame) -> str:
+    """How well the maps' sums keep their promise, as one line."""
+    residual = subjects["residual"].dropna()
+    if residual.empty:
+        return f"{len(subjects)} scans explained"
+    return (
+        f"{len(subjects)} scans explained; residual of the maps' sums: "
+        f"median {residual.median():.2g}, worst {residual.max():.2g}"
+    )
+
+
 @utils.command
 def main(argv: list[str] | None = None) -> int:
     """Check everything, explain the folds, average them."""
@@ -316,48 +359,31 @@ def main(argv: list[str] | None = None) -> int:
     identity = {"method": args.method, "options": options, "model": run.model, "folds": run.k}
     identity |= {"csv_sha256": utils.sha256(run.csv), "grid": run.grid.record()}
     found = utils.check_folder(folder, "map.json", identity, WRITTEN, args.overwrite)
-    scans = dataset.open_scans(run.table, run.grid, "auto", args.modelpath / "cache", workers=2)
+    scans = dataset.open_scans(run.table, run.grid, "reuse", args.modelpath / "cache", workers=2)
 
     utils.start_folder(folder, WRITTEN, args.overwrite)
-    finished = found.get("weights_sha256", {})
-    record = identity | {"csv": str(run.csv), "modelpath": str(args.modelpath.resolve())}
-    record |= {"versions": utils.versions(), "weights_sha256": finished}
-    subjects = pd.read_csv(folder / "subjects.csv") if finished else pd.DataFrame(columns=SUBJECT_COLUMNS)
+    if not found:
+        record = identity | {"csv": str(run.csv), "modelpath": str(args.modelpath.resolve())}
+        utils.write_json(record | {"versions": utils.versions(), "weights_sha256": {}}, folder / "map.json")
     model = models.build_model(run.model, run.grid.shape)
     for fold in chosen:
-        if finished.get(str(fold)) == digests[str(fold)]:
+        if fold in finished_folds(folder, run, args.modelpath):
             print(f"fold {fold}: explained before, kept")
             continue
         models.load_weights(model, run.checkpoint(args.modelpath, fold), device)
         rows = map_fold(model, run, scans, fold, args.method, options, args.batch, folder)
-        others = subjects[subjects["fold"] != fold]
-        subjects = pd.concat([part for part in (others, rows) if len(part)]).sort_values(
-            "fold", kind="stable"
-        )
-        utils.write_csv(subjects, folder / "subjects.csv")
-        finished[str(fold)] = digests[str(fold)]
-        utils.write_json(record, folder / "map.json")  # last: it says which folds are finished
+        save_rows(folder, fold, rows, digests[fold])
 
-    missing = sorted(set(range(run.k)) - {int(fold) for fold in finished})
+    missing = set(range(run.k)) - set(finished_folds(folder, run, args.modelpath))
     if missing:
-        print(f"not explained yet: folds {missing}; map_all follows with the last fold")
+        print(f"not explained yet, or with other weights: folds {sorted(missing)}; map_all follows the last")
         return 0
+    subjects = read_subjects(folder)
     title = f"{name}, {run.model}: mean of {run.k} folds, {len(subjects)} test scans"
     average_folds(folder, run, scans, title)
     print(summary(subjects))
     print(f"written to {folder}: map_all.nii.gz, map_all.png, map_f*.nii.gz, subjects.csv")
     return 0
-
-
-def summary(subjects: pd.DataFrame) -> str:
-    """How well the maps' sums keep their promise, as one line."""
-    residual = subjects["residual"].dropna()
-    if residual.empty:
-        return f"{len(subjects)} scans explained"
-    return (
-        f"{len(subjects)} scans explained; residual of the maps' sums: "
-        f"median {residual.median():.2g}, worst {residual.max():.2g}"
-    )
 
 
 if __name__ == "__main__":

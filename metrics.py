@@ -2,7 +2,7 @@
 
 import numpy as np
 import pandas as pd
-from sklearn.metrics import accuracy_score, balanced_accuracy_score, confusion_matrix, roc_auc_score
+from sklearn.metrics import roc_auc_score
 
 import utils
 
@@ -11,27 +11,35 @@ SCORES = ["accuracy", "balanced_accuracy", "auc", "sensitivity", "specificity"]
 DRAWS = 1000
 
 
-def scores(label: np.ndarray, prob_1: np.ndarray, predicted: np.ndarray) -> dict[str, float]:
+def scores(
+    label: np.ndarray, prob_1: np.ndarray, predicted: np.ndarray, weight: np.ndarray | None = None
+) -> dict[str, float]:
     """Score predictions of label 1.
 
     Args:
         label: (N,) int, 0 or 1.
         prob_1: (N,) float, any score that rises with the probability of label 1.
         predicted: (N,) int, 0 or 1.
+        weight: (N,) int, how often each prediction counts; once by default.
 
     Returns:
         n, the scores in [0, 1], and the counts tp, tn, fp, fn. Where only one label occurs, scores
         that need both are NaN.
     """
-    tn, fp, fn, tp = (int(count) for count in confusion_matrix(label, predicted, labels=[0, 1]).ravel())
-    both = len(np.unique(label)) == 2
+    weight = np.ones(len(label), dtype=int) if weight is None else weight
+    tn, fp, fn, tp = (
+        int(weight[(label == truth) & (predicted == guess)].sum()) for truth in (0, 1) for guess in (0, 1)
+    )
+    both = tn + fp > 0 and fn + tp > 0
+    sensitivity = tp / (tp + fn) if tp + fn else np.nan
+    specificity = tn / (tn + fp) if tn + fp else np.nan
     return {
-        "n": len(label),
-        "accuracy": float(accuracy_score(label, predicted)),
-        "balanced_accuracy": float(balanced_accuracy_score(label, predicted)) if both else np.nan,
-        "auc": float(roc_auc_score(label, prob_1)) if both else np.nan,
-        "sensitivity": tp / (tp + fn) if tp + fn else np.nan,
-        "specificity": tn / (tn + fp) if tn + fp else np.nan,
+        "n": tn + fp + fn + tp,
+        "accuracy": (tp + tn) / (tn + fp + fn + tp),
+        "balanced_accuracy": (sensitivity + specificity) / 2,
+        "auc": float(roc_auc_score(label, prob_1, sample_weight=weight)) if both else np.nan,
+        "sensitivity": sensitivity,
+        "specificity": specificity,
         "tp": tp,
         "tn": tn,
         "fp": fp,
@@ -52,14 +60,15 @@ def metrics_table(predictions: pd.DataFrame, seed: int) -> pd.DataFrame:
         One row per fold and one `pooled`; columns fold, n, SCORES, tp, tn, fp, fn, and *_low, *_high,
         which only the pooled row fills.
     """
-    rows = [{"fold": fold} | _scores(part) for fold, part in predictions.groupby("fold", sort=True)]
-    pooled = {"fold": "pooled"} | _scores(predictions)
-    groups = [part for _, part in predictions.groupby("subject", sort=False)]
+    rows = [{"fold": fold} | scores(*_columns(part)) for fold, part in predictions.groupby("fold", sort=True)]
+    columns = _columns(predictions)
+    pooled = {"fold": "pooled"} | scores(*columns)
+    subject, subjects = pd.factorize(predictions["subject"])  # (N,), each scan's subject by number
     generator = np.random.default_rng(seed)
     drawn = []
     for _ in utils.progress(range(DRAWS), desc="bootstrap", leave=False):
-        chosen = generator.integers(len(groups), size=len(groups))
-        drawn.append(_scores(pd.concat([groups[i] for i in chosen])))
+        times = np.bincount(generator.integers(len(subjects), size=len(subjects)), minlength=len(subjects))
+        drawn.append(scores(*columns, times[subject]))
     for score in SCORES:
         values = [draw[score] for draw in drawn]
         pooled[f"{score}_low"], pooled[f"{score}_high"] = np.nanpercentile(values, [2.5, 97.5])
@@ -76,6 +85,6 @@ def summary(metrics: pd.DataFrame) -> str:
     return f"test subjects of all folds (n = {pooled['n']:.0f}): " + ", ".join(parts)
 
 
-def _scores(predictions: pd.DataFrame) -> dict[str, float]:
-    columns = (predictions[column].to_numpy() for column in ("label", "prob_1", "predicted"))
-    return scores(*columns)
+def _columns(predictions: pd.DataFrame) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    label, prob_1, predicted = (predictions[column].to_numpy() for column in ("label", "prob_1", "predicted"))
+    return label, prob_1, predicted

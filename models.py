@@ -62,7 +62,8 @@ class CNN3d(nn.Module):
         values = volume
         for conv, norm, relu, pool in self.blocks():
             values = conv(values)
-            values = norm_relu_pool(values, norm, pool) if norm.training else pool(relu(norm(values)))
+            fits = norm.training and values.device.type in ("cpu", "cuda")  # MPS lacks the statistics
+            values = norm_relu_pool(values, norm, pool) if fits else pool(relu(norm(values)))
         return self.classifier(values.flatten(1))
 
     def blocks(self) -> list["BlockLayers"]:

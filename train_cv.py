@@ -59,7 +59,12 @@ def get_parser() -> argparse.ArgumentParser:
     add("--split", choices=dataset.SPLITS, default="stratified", help="how subjects are divided into folds")
     fraction = utils.number(float, above=0, below=1)
     add("--val-fraction", type=fraction, default=0.2, help="share of the training subjects for validation")
-    add("--seed", type=utils.number(int, at_least=0), default=0, help="of folds, weights and shuffling")
+    add(
+        "--seed",
+        type=utils.number(int, at_least=0, at_most=2**32 - 1),
+        default=0,
+        help="of folds, weights and shuffling",
+    )
     add("--run-folds", type=utils.number(int, at_least=0), nargs="+", metavar="I", help="only these folds")
     add("--precision", choices=PRECISIONS, default="fp32", help="of the forward and backward pass")
     add("--workers", type=utils.number(int, at_least=0), default=2, help="processes that read scans")
@@ -133,6 +138,7 @@ def train_fold(
         begin = time.perf_counter()
         train_loss = train_epoch(model, train, optimiser, precision, f"{name}, epoch {epoch}")
         valid_loss, accuracy = evaluate(model, val)
+        check_loss(valid_loss, f"{name}, epoch {epoch}, validation")
         seconds = time.perf_counter() - begin
         history.append([epoch, train_loss, valid_loss, accuracy, seconds])
         improved = valid_loss < best - delta
@@ -148,6 +154,14 @@ def train_fold(
             break
     columns = ["epoch", "train_loss", "valid_loss", "valid_accuracy", "seconds"]
     return state, pd.DataFrame(history, columns=columns)
+
+
+def check_loss(loss: float, where: str) -> None:
+    """Raise InputError where the loss is not finite."""
+    if not np.isfinite(loss):
+        raise utils.InputError(
+            f"{where}: the loss is {loss}; nothing of this fold is saved, try a lower --lr"
+        )
 
 
 def weights(model: nn.Module) -> dict[str, Tensor]:
@@ -168,11 +182,7 @@ def train_epoch(
         volume, label = volume.to(device, non_blocking=True), label.to(device, non_blocking=True)
         with torch.autocast(device.type, precision, enabled=precision is not torch.float32):
             loss = F.cross_entropy(model(volume).float(), label)
-        if not torch.isfinite(loss):
-            raise utils.InputError(
-                f"{name}, batch {number}: the loss is {loss.item()}; nothing of this fold is saved, "
-                "try a lower --lr"
-            )
+        check_loss(loss.item(), f"{name}, batch {number}")
         optimiser.zero_grad(set_to_none=True)
         loss.backward()
         optimiser.step()
@@ -205,31 +215,30 @@ def predict_test(model: models.CNN3d, loader: DataLoader, test: pd.DataFrame) ->
     return test.assign(prob_1=prob_1, predicted=logits.argmax(1).numpy())[metrics.PREDICTIONS]
 
 
-def report(
-    outpath: Path,
-    model_name: str,
+def test_folds(
+    name: str,
     grid: dataset.Grid,
     device: torch.device,
     load: Callable[[int, str], DataLoader],
     folds: pd.DataFrame,
     checkpoints: list[Path],
-    seed: int,
-) -> None:
-    """Test every fold with its own weights; write predictions, metrics and the figure; print the scores."""
-    model = models.build_model(model_name, grid.shape).to(device)
+) -> pd.DataFrame:
+    """Predict every fold's test scans with that fold's weights; columns as metrics.PREDICTIONS."""
+    model = models.build_model(name, grid.shape)
     tests = folds[folds["role"] == "test"]
     predictions = []
     for fold, checkpoint in enumerate(checkpoints):
         models.load_weights(model, checkpoint, device)
         predictions.append(predict_test(model, load(fold, "test"), tests[tests["fold"] == fold]))
-    table = pd.concat(predictions)
-    scores = metrics.metrics_table(table, seed)
-    utils.write_csv(table, outpath / "predictions.csv")
+    return pd.concat(predictions)
+
+
+def report(predictions: pd.DataFrame, histories: list[pd.DataFrame], seed: int, outpath: Path) -> None:
+    """Write predictions, metrics and the loss curves; print the scores."""
+    scores = metrics.metrics_table(predictions, seed)
+    utils.write_csv(predictions, outpath / "predictions.csv")
     utils.write_csv(scores, outpath / "metrics.csv")
-    draw_training(
-        [pd.read_csv(outpath / f"history_f{f}.csv") for f in range(len(checkpoints))],
-        outpath / "training.png",
-    )
+    draw_training(histories, outpath / "training.png")
     print(metrics.summary(scores))
     print(f"written to {outpath}: state_dict_f*.pth, predictions.csv, metrics.csv, training.png")
 
@@ -282,8 +291,9 @@ def main(argv: list[str] | None = None) -> int:
     load = partial(make_loader, scans, folds, batch=args.batch, workers=args.workers, seed=args.seed)
 
     checkpoints = [args.outpath / f"state_dict_f{fold}.pth" for fold in range(args.fold)]
+    histories = [args.outpath / f"history_f{fold}.csv" for fold in range(args.fold)]
     for fold in chosen:
-        if checkpoints[fold].exists():
+        if checkpoints[fold].exists() and histories[fold].exists():
             print(f"fold {fold}: finished before, kept")
             continue
         model, optimiser = new_training(args.model, grid, device, args.lr, args.wd, args.seed, fold)
@@ -291,15 +301,16 @@ def main(argv: list[str] | None = None) -> int:
             model, optimiser, load(fold, "train"), load(fold, "val"),
             args.epochs, args.patience, args.delta, PRECISIONS[args.precision], f"fold {fold}",
         )  # fmt: skip
-        utils.write_csv(history, args.outpath / f"history_f{fold}.csv")
+        utils.write_csv(history, histories[fold])
         with utils.whole_file(checkpoints[fold]) as path:  # last: its presence says the fold is finished
             torch.save(state, path)
 
-    missing = [str(fold) for fold in range(args.fold) if not checkpoints[fold].exists()]
+    missing = [f for f in range(args.fold) if not (checkpoints[f].exists() and histories[f].exists())]
     if missing:
-        print(f"not trained yet: fold {', '.join(missing)}; tests and metrics follow with the last fold")
+        print(f"not trained yet: folds {missing}; tests and metrics follow with the last fold")
         return 0
-    report(args.outpath, args.model, grid, device, load, folds, checkpoints, args.seed)
+    predictions = test_folds(args.model, grid, device, load, folds, checkpoints)
+    report(predictions, [pd.read_csv(history) for history in histories], args.seed, args.outpath)
     return 0
 
 

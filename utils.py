@@ -2,6 +2,7 @@
 
 import argparse
 import contextlib
+import fcntl
 import functools
 import hashlib
 import importlib.metadata
@@ -226,13 +227,19 @@ def check_folder(
     if folder / record not in present:
         raise InputError(f"{present[0]} is in the way; {way_out}")
     found = read_json(folder / record)
-    for name, value in identity.items():
-        if found.get(name) != value:
-            raise InputError(
-                f"{folder / record} is of another run: {name} is {found.get(name)} there, "
-                f"{value} now; {way_out}"
-            )
+    before, now = _flat(found), _flat(identity)
+    differing = [
+        f"{name} ({before.get(name)} there, {now[name]} now)" for name in now if before.get(name) != now[name]
+    ]
+    if differing:
+        raise InputError(f"{folder / record} is of another run: {', '.join(differing)}; {way_out}")
     return found
+
+
+def _flat(record: dict[str, Any]) -> dict[str, Any]:
+    """A record with the items of its inner dicts at the top."""
+    inner = {k: v for item in record.values() if isinstance(item, dict) for k, v in item.items()}
+    return {k: v for k, v in record.items() if not isinstance(v, dict)} | inner
 
 
 def start_folder(folder: Path, patterns: Iterable[str], overwrite: bool) -> None:
@@ -246,6 +253,20 @@ def start_folder(folder: Path, patterns: Iterable[str], overwrite: bool) -> None
 def written(folder: Path, patterns: Iterable[str]) -> list[Path]:
     """The files in a folder that match any of the patterns."""
     return [path for pattern in patterns for path in sorted(folder.glob(pattern))]
+
+
+@contextlib.contextmanager
+def locked(folder: Path) -> Iterator[None]:
+    """Hold a folder's lock while a file in it is read, changed and written back; others wait.
+
+    The kernel releases the lock when its holder ends, however it ends.
+    """
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(handle)
 
 
 def choose_folds(wanted: list[int] | None, k: int) -> list[int]:
@@ -270,7 +291,8 @@ def save_map(values: np.ndarray, header: nib.Nifti1Header, path: Path) -> None:
     header.set_data_dtype(np.float32)
     header.set_slope_inter(1, 0)
     header["cal_min"] = header["cal_max"] = 0
-    image = nib.Nifti1Image(np.asarray(values, dtype=np.float32), None, header)
+    kind = nib.Nifti2Image if isinstance(header, nib.Nifti2Header) else nib.Nifti1Image
+    image = kind(np.asarray(values, dtype=np.float32), None, header)
     with whole_file(path) as partial:
         nib.save(image, partial)
 

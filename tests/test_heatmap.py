@@ -309,10 +309,9 @@ def test_beta(maps, run, csv, tmp_path):
 def test_batch_does_not_change_the_maps(maps, run, tmp_path, method):
     assert explain(method, run, tmp_path, "--batch", "2", "--run-folds", "0") == 0
     one, two = (read_values(folder / method / "map_f0.nii.gz") for folder in (maps, tmp_path))
-    # float32 in another order: 1e-5 of the map's size; a pooling window whose two largest voxels
-    # differ by a rounding may choose the other one, so a voxel in ten thousand may differ by more
-    differs = ~np.isclose(one, two, rtol=1e-4, atol=1e-5 * np.abs(one).max())
-    assert differs.mean() < 1e-4
+    # float32 in another order; where the two largest voxels of a pooling window differ by a rounding
+    # the other one may win, which changes the map within that unit's field of view
+    assert np.corrcoef(one.ravel(), two.ravel())[0, 1] > 0.9999
     assert abs(one - two).sum() < 1e-4 * abs(one).sum()
     first, second = (read_table(folder / method / "subjects.csv") for folder in (maps, tmp_path))
     first = first[first["fold"] == 0]

@@ -11,10 +11,10 @@ the run record under --modelpath. A folder that holds only published state_dict_
 import argparse
 import re
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sized
 from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import numpy as np
 import pandas as pd
@@ -244,7 +244,7 @@ def explain_fold(
     total: Any = 0.0
     rows: list[pd.DataFrame] = []
     done = 0
-    with utils.progress(None, len(loader.dataset), desc=name) as bar:
+    with utils.progress(None, len(cast(Sized, loader.dataset)), desc=name) as bar:
         for volume, label in loader:
             volume, label = volume.to(device, non_blocking=True), label.to(device)
             with torch.no_grad():

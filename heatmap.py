@@ -140,10 +140,7 @@ def _recorded_run(modelpath: Path, csv: Path | None, model: str | None, k: int |
 
 def check_weights(run: Run, modelpath: Path, folds: list[int]) -> dict[int, str]:
     """Load the weights of every fold once; returns their SHA-256 by fold."""
-    try:
-        model = models.build_model(run.model, run.grid.shape)
-    except ValueError as problem:
-        raise utils.InputError(f"--model: {problem}") from problem
+    model = models.require_model(run.model, run.grid.shape)
     for fold in folds:
         models.load_weights(model, run.checkpoint(modelpath, fold), torch.device("cpu"))
     return {fold: utils.sha256(run.checkpoint(modelpath, fold)) for fold in folds}

@@ -152,6 +152,14 @@ def build_model(name: str, input_shape: tuple[int, int, int] = PUBLISHED_GRID) -
     return CNN3d(nn.Sequential(*blocks), classifier)
 
 
+def require_model(name: str, input_shape: tuple[int, int, int]) -> CNN3d:
+    """`build_model` where name and scans are the user's: what does not fit is an InputError."""
+    try:
+        return build_model(name, input_shape)
+    except ValueError as problem:
+        raise utils.InputError(f"--model: {problem}") from problem
+
+
 def load_weights(model: CNN3d, path: Path, device: torch.device) -> CNN3d:
     """Load a plain state dict into `model`, and put it on `device` in evaluation mode.
 

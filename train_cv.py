@@ -73,18 +73,6 @@ def get_parser() -> argparse.ArgumentParser:
     return parser
 
 
-def check_model(name: str, grid: dataset.Grid) -> None:
-    """Raise InputError where the model does not exist, or the scans are too small for it."""
-    try:
-        models.parse_name(name)
-    except ValueError as problem:
-        raise utils.InputError(f"--model: {problem}") from problem
-    try:
-        models.build_model(name, grid.shape)
-    except ValueError as problem:
-        raise utils.InputError(f"--model: {problem}") from problem
-
-
 def new_training(
     name: str, grid: dataset.Grid, device: torch.device, lr: float, wd: float, seed: int, fold: int
 ) -> tuple[models.CNN3d, torch.optim.Optimizer]:
@@ -278,7 +266,7 @@ def main(argv: list[str] | None = None) -> int:
     table = dataset.read_csv(args.path)
     folds = dataset.make_folds(table, args.fold, args.split, args.val_fraction, args.seed)
     grid = dataset.check_grid(table)
-    check_model(args.model, grid)
+    models.require_model(args.model, grid.shape)
     options = {name: value for name, value in vars(args).items() if name not in INCIDENTAL}
     identity = {"csv_sha256": utils.sha256(args.path), "grid": grid.record(), "arguments": options}
     utils.check_folder(args.outpath, "run.json", identity, WRITTEN, args.overwrite)

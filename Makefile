@@ -9,15 +9,14 @@ DEMO := demo
 # Eighty simulated scans and a network of eight filters: small enough for two cores, large enough that
 # the networks learn where the loss is. Their loss stays flat for several epochs first, hence the patience.
 COHORT := --subjects 80 --voxel 2 --severity 2 --seed 0
-TRAIN := --model modelB8 --lr 1e-3 --wd 1e-3 --batch 4 --epochs 20 --patience 12
-STEPS := 25
+TRAIN := --model modelB8 --lr 1e-3 --wd 1e-3 --batch 4 --epochs 16 --patience 12
 .PHONY: demo test lint clean
 
 demo: .venv/run
 	$(PY) simulate.py --outpath $(DEMO)/cohort $(COHORT) --overwrite
 	$(PY) train_cv.py --path $(DEMO)/cohort/data.csv --outpath $(DEMO)/models $(TRAIN) --overwrite
 	for method in LRP IG GGC; do \
-	    $(PY) heatmap.py --method $$method --steps $(STEPS) --modelpath $(DEMO)/models \
+	    $(PY) heatmap.py --method $$method --modelpath $(DEMO)/models \
 	        --outpath $(DEMO)/heatmaps --overwrite || exit; \
 	done
 	$(PY) bench/demo.py --path $(DEMO)

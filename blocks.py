@@ -20,6 +20,8 @@ from torch import Tensor, nn
 
 from models import CLASSES, BlockLayers, CNN3d
 
+LAYOUT = torch.channels_last_3d  # the channels of a voxel side by side: the faster one for convolutions
+
 
 class Trace(NamedTuple):
     """What the way back through one block needs to know about the way forth."""
@@ -47,7 +49,7 @@ class Block:
 
     def convolve(self, inputs: Tensor) -> Tensor:
         """Linear part of the block: (B, C, X, Y, Z) -> (B, n, X-k+1, Y-k+1, Z-k+1)."""
-        return F.conv3d(inputs, self.weight)
+        return F.conv3d(inputs.contiguous(memory_format=LAYOUT), self.weight)
 
     def pool(self, values: Tensor) -> tuple[Tensor, Tensor]:
         """Maxima over the windows and where they are: two (B, n, x, y, z), values and flat indices."""
@@ -121,8 +123,10 @@ def through_relu(gradient: Tensor, active: Tensor, guided: bool = False) -> Tens
 
 def unpool(values: Tensor, winners: Tensor, grid: torch.Size) -> Tensor:
     """Put pooled values (B, n, x, y, z) back on their winners, zeros elsewhere: (B, n, X, Y, Z)."""
-    full = values.new_zeros(*values.shape[:2], grid.numel())
-    return full.scatter_(2, winners.flatten(2), values.flatten(2)).unflatten(2, tuple(grid))
+    layout = LAYOUT if values.is_contiguous(memory_format=LAYOUT) else torch.contiguous_format
+    full = values.new_empty(*values.shape[:2], *grid).to(memory_format=layout).zero_()
+    full.flatten(2).scatter_(2, winners.flatten(2), values.flatten(2))  # flatten(2) is a view in both layouts
+    return full
 
 
 def pull(gradient: Tensor, weight: Tensor) -> Tensor:

@@ -308,10 +308,12 @@ def load_map(path: Path) -> np.ndarray:
 def save_map_figure(
     values: np.ndarray, background: np.ndarray, affine: np.ndarray, title: str, path: Path
 ) -> None:
-    """Draw a signed map over a background scan, as axial, coronal and sagittal slices (PNG).
+    """Draw a signed map over a scan, as axial, coronal and sagittal slices (PNG).
+
+    Shown are the largest 3 % of the map's voxels, as they are; the colours end at the 99.9th percentile.
 
     Args:
-        values: (X, Y, Z) map, signed; the colour scale is symmetric and ends at its 99.9th percentile.
+        values: (X, Y, Z) map, signed.
         background: (X, Y, Z) scan on the same grid.
         affine: (4, 4), voxel to mm.
         title: written over the figure.
@@ -324,9 +326,10 @@ def save_map_figure(
     from nilearn import plotting
 
     magnitude = np.abs(values[values != 0])
-    top = float(np.percentile(magnitude, 99.9)) if magnitude.size else 1.0
-    top = max(top, float(np.finfo(np.float32).tiny))
+    shown, top = np.percentile(magnitude, [97, 99.9]) if magnitude.size else (0.0, 0.0)
+    top = max(float(top), float(np.finfo(np.float32).tiny))
     figure, axes = plt.subplots(3, 1, figsize=(13, 7.5), facecolor="white")
+    figure.subplots_adjust(left=0.01, right=0.9, top=0.94, bottom=0.01, hspace=0.02)
     figure.suptitle(title, fontsize=13)
     for axis, direction in zip(axes, "zyx", strict=True):
         plotting.plot_stat_map(
@@ -334,13 +337,16 @@ def save_map_figure(
             bg_img=nib.Nifti1Image(background.astype(np.float32), affine),
             display_mode=direction,
             cut_coords=7,
-            threshold=0.1 * top,
+            threshold=float(shown),
             vmax=top,
             cmap="cold_hot",
+            colorbar=False,
             axes=axis,
             black_bg=False,
             dim=0,
         )
+    colours = plt.cm.ScalarMappable(plt.Normalize(-top, top), plotting.cm.cold_hot)
+    figure.colorbar(colours, cax=figure.add_axes((0.92, 0.25, 0.015, 0.5)), label="attribution")
     with whole_file(path) as partial:
-        figure.savefig(partial, dpi=110, bbox_inches="tight")
+        figure.savefig(partial, dpi=110)
     plt.close(figure)

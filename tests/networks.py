@@ -186,7 +186,9 @@ def difference(found: Tensor, expected: Tensor) -> float:
     assert found.dtype == expected.dtype
     largest = expected.flatten(1).abs().amax(1)
     assert (largest > 0).all(), "a map of zeros shows nothing"
-    return float(((found - expected).flatten(1).abs().amax(1) / largest).max())
+    relative = float(((found - expected).flatten(1).abs().amax(1) / largest).max())
+    print(f"largest difference, relative to the map's largest value: {relative:.1e}")
+    return relative
 
 
 # The model as it was found -----------------------------------------------------------------------

@@ -1,6 +1,7 @@
-# make demo   a cohort, five networks, three kinds of maps: results under demo/
-# make test   all tests
-# make lint   formatting, rules and types
+# make demo       a cohort, five networks, three kinds of maps: results under demo/
+# make demo-null  the same cohort without any planted loss: what is left is chance
+# make test       all tests
+# make lint       formatting, rules and types
 # Each creates what it needs in .venv first.
 
 PYTHON ?= python3
@@ -10,7 +11,7 @@ DEMO := demo
 # the networks learn where the loss is. Their loss stays flat for several epochs first, hence the patience.
 COHORT := --subjects 80 --voxel 2 --severity 2 --seed 0
 TRAIN := --model modelB8 --lr 1e-3 --wd 1e-3 --batch 4 --epochs 16 --patience 12
-.PHONY: demo test lint clean
+.PHONY: demo demo-null test lint clean
 
 demo: .venv/run
 	$(PY) simulate.py --outpath $(DEMO)/cohort $(COHORT) --overwrite
@@ -20,6 +21,10 @@ demo: .venv/run
 	        --outpath $(DEMO)/heatmaps --overwrite || exit; \
 	done
 	$(PY) bench/demo.py --path $(DEMO)
+
+demo-null: .venv/run
+	$(PY) simulate.py --outpath $(DEMO)/null/cohort $(COHORT) --null --overwrite
+	$(PY) train_cv.py --path $(DEMO)/null/cohort/data.csv --outpath $(DEMO)/null/models $(TRAIN) --overwrite
 
 test: .venv/dev
 	$(PY) -m pytest

@@ -1,4 +1,3 @@
-#!/usr/bin/env python3
 """Turn the networks of a training run into brain maps: LRP, integrated gradients or guided Grad-CAM.
 
     python3 heatmap.py --method IG

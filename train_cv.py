@@ -1,4 +1,3 @@
-#!/usr/bin/env python3
 """Train a 3D CNN to tell patients from controls, with k-fold cross-validation and early stopping.
 
     python3 train_cv.py --path data.csv --device 0

@@ -1,4 +1,3 @@
-#!/usr/bin/env python3
 """Print what the demo shows: the test metrics, how the maps fare against the planted truth, the pictures.
 
     python3 bench/demo.py --path demo

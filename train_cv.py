@@ -246,9 +246,10 @@ def draw_training(histories: list[pd.DataFrame], path: Path) -> None:
         axis.plot(history["epoch"], history["valid_loss"], label="validation")
         axis.axvline(best["epoch"], color="grey", linestyle=":", linewidth=1)
         axis.plot(best["epoch"], best["valid_loss"], "k*", markersize=9, label="best epoch")
-        axis.set(title=f"fold {fold}", xlabel="epoch", ylim=(0, None))
+        axis.set(title=f"fold {fold}", xlabel="epoch")
         axis.xaxis.get_major_locator().set_params(integer=True)
     axes[0][0].set_ylabel("cross-entropy")
+    axes[0][0].set_ylim(bottom=0)  # shared, and set once all curves are there
     axes[0][-1].legend(frameon=False)
     figure.tight_layout()
     with utils.whole_file(path) as partial:

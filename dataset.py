@@ -64,7 +64,7 @@ def read_csv(path: Path) -> pd.DataFrame:
         cells = cells.set_axis(["path", "label"], axis=1)
     else:
         raise utils.InputError(
-            f"{path}: expected two columns (path, label), or a header; found {len(header)} columns"
+            f"{path}: expected two columns (path, label), or a header; found {len(header)} of them"
         )
     if cells.empty:
         raise utils.InputError(f"{path}: holds no scans")

@@ -70,8 +70,8 @@ def metrics_table(predictions: pd.DataFrame, seed: int) -> pd.DataFrame:
         times = np.bincount(generator.integers(len(subjects), size=len(subjects)), minlength=len(subjects))
         drawn.append(scores(*columns, times[subject]))
     for score in SCORES:
-        values = [draw[score] for draw in drawn]
-        pooled[f"{score}_low"], pooled[f"{score}_high"] = np.nanpercentile(values, [2.5, 97.5])
+        values = [draw[score] for draw in drawn if np.isfinite(draw[score])] or [np.nan]
+        pooled[f"{score}_low"], pooled[f"{score}_high"] = np.percentile(values, [2.5, 97.5])
     return pd.DataFrame([*rows, pooled])
 
 

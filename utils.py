@@ -346,7 +346,9 @@ def save_map_figure(
             dim=0,
         )
     colours = plt.cm.ScalarMappable(plt.Normalize(-top, top), plotting.cm.cold_hot)
-    figure.colorbar(colours, cax=figure.add_axes((0.92, 0.25, 0.015, 0.5)), label="attribution")
+    bar = figure.add_axes((0.92, 0.25, 0.015, 0.5))
+    bar.set_title("attribution", fontsize=10)
+    figure.colorbar(colours, cax=bar).formatter.set_powerlimits((-2, 2))  # type: ignore[attr-defined]
     with whole_file(path) as partial:
         figure.savefig(partial, dpi=110)
     plt.close(figure)

@@ -290,12 +290,12 @@ def average_folds(folder: Path, run: Run, scans: dataset.Scans, title: str) -> N
     utils.save_map_figure(mean, background, run.grid.affine, title, folder / "map_all.png")
 
 
-def method_options(args: argparse.Namespace) -> dict[str, Any]:
-    """The options that shape the maps, as map.json keeps them."""
-    if args.baseline == "controls" and args.method != "IG":
-        raise utils.InputError(f"--baseline controls: only IG has a baseline, {args.method} has none")
-    own = {"IG": ("steps", "baseline"), "LRP": ("beta",), "GGC": ()}[args.method]
-    return {name: getattr(args, name) for name in ("target", "save_subjects", *own)}
+def method_options(method: str, given: dict[str, Any]) -> dict[str, Any]:
+    """Those of the given options that shape a method's maps, as map.json keeps them."""
+    if given["baseline"] == "controls" and method != "IG":
+        raise utils.InputError(f"--baseline controls: only IG has a baseline, {method} has none")
+    own = {"IG": ("steps", "baseline"), "LRP": ("beta",), "GGC": ()}[method]
+    return {name: given[name] for name in ("target", "save_subjects", *own)}
 
 
 def read_subjects(folder: Path) -> pd.DataFrame:
@@ -346,7 +346,7 @@ def main(argv: list[str] | None = None) -> int:
     """Check everything, explain the folds, average them."""
     args = get_parser().parse_args(argv)
     device = utils.resolve_device(args.device)
-    options = method_options(args)
+    options = method_options(args.method, vars(args))
     run = find_run(args.modelpath, args.path, args.model, args.fold)
     chosen = utils.choose_folds(args.run_folds, run.k)
     digests = check_weights(run, args.modelpath, chosen)

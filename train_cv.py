@@ -9,7 +9,7 @@ keeps the folds that are finished.
 import argparse
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 
@@ -220,18 +220,28 @@ def test_folds(
     return pd.concat(predictions)
 
 
-def report(predictions: pd.DataFrame, histories: list[pd.DataFrame], seed: int, outpath: Path) -> None:
+def report(
+    predictions: pd.DataFrame, histories: list[pd.DataFrame], delta: float, seed: int, outpath: Path
+) -> None:
     """Write predictions, metrics and the loss curves; print the scores."""
     scores = metrics.metrics_table(predictions, seed)
     utils.write_csv(predictions, outpath / "predictions.csv")
     utils.write_csv(scores, outpath / "metrics.csv")
-    draw_training(histories, outpath / "training.png")
+    draw_training(histories, delta, outpath / "training.png")
     print(metrics.summary(scores))
     print(f"written to {outpath}: state_dict_f*.pth, predictions.csv, metrics.csv, training.png")
 
 
-def draw_training(histories: list[pd.DataFrame], path: Path) -> None:
-    """Loss curves of every fold, the best epoch marked (PNG)."""
+def best_row(losses: Sequence[float], delta: float) -> int:
+    """The row of a history whose weights were saved: the last to fall by more than `delta`."""
+    best = 0
+    for row, loss in enumerate(losses):
+        best = row if loss < losses[best] - delta else best
+    return best
+
+
+def draw_training(histories: list[pd.DataFrame], delta: float, path: Path) -> None:
+    """Loss curves of every fold, the epoch whose weights were saved marked (PNG)."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -241,7 +251,7 @@ def draw_training(histories: list[pd.DataFrame], path: Path) -> None:
         1, len(histories), figsize=(3.2 * len(histories), 3.2), sharey=True, squeeze=False
     )
     for fold, (axis, history) in enumerate(zip(axes[0], histories, strict=True)):
-        best = history.iloc[int(history["valid_loss"].argmin())]
+        best = history.iloc[best_row(history["valid_loss"].tolist(), delta)]
         axis.plot(history["epoch"], history["train_loss"], label="training")
         axis.plot(history["epoch"], history["valid_loss"], label="validation")
         axis.axvline(best["epoch"], color="grey", linestyle=":", linewidth=1)
@@ -298,7 +308,8 @@ def main(argv: list[str] | None = None) -> int:
         print(f"not trained yet: folds {missing}; tests and metrics follow with the last fold")
         return 0
     predictions = test_folds(args.model, grid, device, load, folds, checkpoints)
-    report(predictions, [pd.read_csv(history) for history in histories], args.seed, args.outpath)
+    losses = [pd.read_csv(history) for history in histories]
+    report(predictions, losses, args.delta, args.seed, args.outpath)
     return 0
 
 

@@ -460,6 +460,7 @@ def stubbed_fold(
 def test_early_stopping(monkeypatch, losses, patience, delta, best, epochs):
     epoch, history = stubbed_fold(monkeypatch, losses, patience, delta)
     assert epoch == best
+    assert train_cv.best_row(losses[:epochs], delta) == best - 1  # the one that the figure marks
     assert history["epoch"].tolist() == list(range(1, epochs + 1))
     assert history["valid_loss"].tolist() == losses[:epochs]
     assert set(history["train_loss"]) == {0.5}

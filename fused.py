@@ -34,6 +34,11 @@ def norm_relu_pool(values: Tensor, norm: nn.BatchNorm3d, pool: nn.MaxPool3d) -> 
 
 
 class _NormReluPool(torch.autograd.Function):
+    """The three layers given the batch's mean and 1 / standard deviation, each (n,).
+
+    BatchNorm's gradient takes in that both depend on the values, so they get no gradient of their own.
+    """
+
     @staticmethod
     def forward(
         ctx: Any, values: Tensor, weight: Tensor, bias: Tensor, mean: Tensor, precision: Tensor, window: int

@@ -252,12 +252,12 @@ def draw_training(histories: list[pd.DataFrame], delta: float, path: Path) -> No
     )
     for fold, (axis, history) in enumerate(zip(axes[0], histories, strict=True)):
         best = history.iloc[best_row(history["valid_loss"].tolist(), delta)]
-        axis.plot(history["epoch"], history["train_loss"], label="training")
-        axis.plot(history["epoch"], history["valid_loss"], label="validation")
+        axis.plot(history["epoch"], history["train_loss"], ".-", label="training")
+        axis.plot(history["epoch"], history["valid_loss"], ".-", label="validation")
         axis.axvline(best["epoch"], color="grey", linestyle=":", linewidth=1)
         axis.plot(best["epoch"], best["valid_loss"], "k*", markersize=9, label="best epoch")
         axis.set(title=f"fold {fold}", xlabel="epoch")
-        axis.xaxis.get_major_locator().set_params(integer=True)
+        axis.xaxis.get_major_locator().set_params(integer=True, min_n_ticks=1)
     axes[0][0].set_ylabel("cross-entropy")
     axes[0][0].set_ylim(bottom=0)  # shared, and set once all curves are there
     axes[0][-1].legend(frameon=False)

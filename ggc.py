@@ -30,18 +30,18 @@ def guided_gradcam(model: CNN3d, volume: Tensor, target: Tensor) -> Tensor:
     """
     check_arguments(model, volume, target)
     with frozen(model), torch.no_grad():
-        network = Network(model)
+        network = Network(model, volume.shape[2:])
         features, traces = volume, []
         for block in network.blocks:
             last_inputs = features
             features, trace = block.forward(features)
             traces.append(trace)
-        _, active = network.classify(features)
+        _, hidden = network.classify(features)
         shape = features.shape
 
-        gradient = through_relu(network.declassify(target, active, shape), traces[-1].active)
+        gradient = through_relu(network.declassify(target, hidden, shape), traces[-1].outputs)
         cam = _gradcam(model, last_inputs, unpool(gradient, traces[-1].winners, traces[-1].grid))
-        guided = network.declassify(target, active, shape, guided=True)
+        guided = network.declassify(target, hidden, shape, guided=True)
         for block, trace in zip(reversed(network.blocks), reversed(traces), strict=True):
             guided = block.backward(guided, trace, guided=True)
         return guided * F.interpolate(cam, volume.shape[2:], mode="trilinear")

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 import utils
-from blocks import Network, check_arguments, pull, through_relu
+from blocks import Network, check_arguments, in_slabs, pull, support, through_relu, unpool_and_pull
 from models import CNN3d, frozen
 
 CHUNK = 2**24  # values of the first block's output worked on at once, 64 MiB in float32
@@ -48,52 +48,70 @@ def integrated_gradients(
             f"got {baseline.dtype} {tuple(baseline.shape)}"
         )
     with frozen(model), torch.no_grad():
-        network = Network(model)
-        difference = volume if baseline is None else volume - baseline
-        gradient = _summed_gradient(network, difference, baseline, target, steps)
-        return difference * pull(gradient, network.blocks[0].weight) / steps
+        box = support(volume) if baseline is None else support(volume, baseline)
+        network = Network(model, volume.shape[2:], box)
+        head = network.head
+        alphas = torch.arange(steps, device=volume.device, dtype=volume.dtype) / steps
+        if baseline is None:
+            difference = volume
+            gradient = _from_zero(network, volume[:, :, *head], target, alphas)
+        else:
+            difference = volume - baseline
+            gradient = _from_baseline(network, difference[:, :, *head], baseline[:, :, *head], target, alphas)
+        result = torch.zeros_like(volume)
+        result[:, :, *head] = gradient * difference[:, :, *head] / steps
+        return result
 
 
-def _summed_gradient(
-    network: Network, difference: Tensor, baseline: Tensor | None, target: Tensor, steps: int
-) -> Tensor:
-    """Sum over the steps of the gradient at the first convolution's output, (B, n, X', Y', Z')."""
+def _from_zero(network: Network, volume: Tensor, target: Tensor, alphas: Tensor) -> Tensor:
+    """Sum over the steps of the gradient at the scan, (B, 1, X, Y, Z), from the zero baseline."""
     block = network.blocks[0]
-    slope = block.convolve(difference)  # (B, n, X', Y', Z')
-    alphas = torch.arange(steps, device=slope.device, dtype=slope.dtype) / steps
-    total = torch.zeros_like(slope).flatten(2)
+    grid = block.grid(volume.shape[2:])
 
-    def add(gradient: Tensor, winners: Tensor) -> None:
-        total.scatter_add_(2, winners.flatten(2), gradient.flatten(2))
+    # At alpha = 0 the image is blank and all windows tied: their winners are a constant's.
+    blank, blank_winners = block.pool(volume.new_zeros(1, 1, *grid))
+    blank = blank.expand(len(target), len(block.shift), -1, -1, -1)
+    first = _pooled_gradient(network, block.activate(blank), target)
+    total = unpool_and_pull(first, blank_winners.expand(blank.shape), grid, block.weight, block.window)
 
-    if baseline is None:
-        # At alpha = 0 the image is blank and all windows tied: their winners are a constant's.
-        pooled, winners = block.pool(torch.zeros_like(slope))
-        add(_pooled_gradient(network, pooled, target), winners)
-        pooled, winners = block.pool(slope)
-        summed = torch.zeros_like(pooled)
-        for some in _chunks(alphas[1:], pooled.numel()):
-            scaled = (some * pooled).flatten(0, 1)  # (S * B, n, x, y, z)
-            summed += _pooled_gradient(network, scaled, target).view(-1, *pooled.shape).sum(0)
-        add(summed, winners)
-    else:
-        start = block.convolve(baseline)
-        for some in _chunks(alphas, slope.numel()):
-            pooled, winners = block.pool((start + some * slope).flatten(0, 1))
-            gradient = _pooled_gradient(network, pooled, target)
-            for part in zip(gradient.split(len(target)), winners.split(len(target)), strict=True):
-                add(*part)
-    return total.view(slope.shape)
+    pooled, winners = block.convolve_and_pool(volume)
+    summed = torch.zeros_like(pooled)
+    for some in _chunks(alphas[1:], pooled):
+        features = block.activate(pooled, some)  # (S * B, n, x, y, z)
+        for gradient in _pooled_gradient(network, features, target).split(len(target)):
+            summed += gradient
+    return total.add_(unpool_and_pull(summed, winners, grid, block.weight, block.window))
 
 
-def _pooled_gradient(network: Network, pooled: Tensor, target: Tensor) -> Tensor:
-    """Gradient of the logits at the first pool, (S * B, n, x, y, z), for S steps of B scans."""
-    features = network.blocks[0].activate(pooled)
-    target = target.repeat(len(pooled) // len(target))
-    return through_relu(network.gradient(features, target), features > 0)
+def _from_baseline(
+    network: Network, difference: Tensor, baseline: Tensor, target: Tensor, alphas: Tensor
+) -> Tensor:
+    """The same from another baseline, where winners change from step to step."""
+    block = network.blocks[0]
+    start, slope = block.convolve(baseline), block.convolve(difference)  # (B, n, X', Y', Z')
+    total = torch.zeros_like(slope)
+
+    def pool(rows: slice) -> tuple[Tensor, ...]:
+        return block.pool(torch.addcmul(start[:, :, rows], slope[:, :, rows], some))
+
+    for some in _chunks(alphas, slope):
+        pooled, winners = in_slabs(
+            pool, slope.shape[2:], block.window, len(some) * total.shape[0] * total.shape[1]
+        )
+        gradient = _pooled_gradient(network, block.activate(pooled), target)
+        for part, where in zip(gradient.split(len(target)), winners.split(len(target)), strict=True):
+            total.flatten(2).scatter_add_(2, where.flatten(2), part.flatten(2))
+    return pull(total, block.weight)
 
 
-def _chunks(alphas: Tensor, size: int) -> Iterable[Tensor]:
-    """Steps to take at once, (S, 1, 1, 1, 1, 1): small grids keep the processor busier together."""
-    shaped = alphas.view(-1, 1, 1, 1, 1, 1)
-    return utils.progress(shaped.split(max(1, CHUNK // size)), desc="IG steps", leave=False)
+def _pooled_gradient(network: Network, features: Tensor, target: Tensor) -> Tensor:
+    """Gradient of the logits before the first relu, (S * B, n, x, y, z), for S steps of B scans."""
+    target = target.repeat(len(features) // len(target))
+    return through_relu(network.gradient(features, target), features)
+
+
+def _chunks(alphas: Tensor, values: Tensor) -> Iterable[Tensor]:
+    """Steps to take at once, (S, 1, 1, 1, 1): those of one small scan keep the processor busier together."""
+    size = max(1, CHUNK // values.numel()) if len(values) == 1 else 1
+    parts = [alphas[i : i + size].view(-1, 1, 1, 1, 1) for i in range(0, len(alphas), size)]
+    return utils.progress(parts, desc="IG steps", leave=False)

@@ -6,8 +6,18 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from blocks import check_arguments, pull, unpool
-from models import CLASSES, CNN3d, frozen
+from blocks import (
+    LAYOUT,
+    Network,
+    at_winners,
+    check_arguments,
+    convolve,
+    in_slabs,
+    support,
+    unpool_and_pull,
+    with_halo,
+)
+from models import CLASSES, BlockLayers, CNN3d, frozen
 
 
 def lrp(model: CNN3d, volume: Tensor, target: Tensor, beta: float = 0.5, epsilon: float = 1e-6) -> Tensor:
@@ -33,79 +43,94 @@ def lrp(model: CNN3d, volume: Tensor, target: Tensor, beta: float = 0.5, epsilon
     """
     check_arguments(model, volume, target)
     with frozen(model), torch.no_grad():
-        values, steps = volume, []
-        for conv, norm, relu, pool in model.blocks():
-            rule = BetaRule(conv, values, beta, epsilon)
-            before = rule.forward()
-            values, winners = F.max_pool3d(relu(norm(before)), pool.kernel_size, return_indices=True)
-            rule.keep(winners)
-            steps.append((rule, (winners, before.shape[2:])))
+        network = Network(model, volume.shape[2:], support(volume))
+        values, rules = volume[:, :, *network.head], []
+        for layers, margin in zip(model.blocks(), network.margins, strict=True):
+            rules.append(BlockRule(layers, values, beta, epsilon))
+            values = margin.pad(rules[-1].forward())
         hidden, output = model.linears()
-        rules = [BetaRule(hidden, values.flatten(1), beta, epsilon)]
-        rules.append(BetaRule(output, F.relu(rules[0].forward()), beta, epsilon))
-        logits = rules[1].forward()
+        linear = [BetaRule(hidden, values.flatten(1), beta, epsilon)]
+        linear.append(BetaRule(output, F.relu(linear[0].forward()), beta, epsilon))
+        logits = linear[1].forward()
 
         relevance = logits * F.one_hot(target, CLASSES)  # (B, 2)
-        for rule in reversed(rules):
+        for rule in reversed(linear):
             relevance = rule.backward(relevance)
-        relevance = relevance.view(values.shape)
-        for rule, pooled in reversed(steps):
-            relevance = rule.backward(relevance, pooled)
-        return relevance
+        relevance = relevance.view(values.shape).contiguous(memory_format=LAYOUT)
+        for block, margin in zip(reversed(rules), reversed(network.margins), strict=True):
+            relevance = block.backward(margin.crop(relevance))
+        result = torch.zeros_like(volume)
+        result[:, :, *network.head] = relevance
+        return result
 
 
 class BetaRule:
-    """The beta rule for one linear or convolutional layer and the inputs it read.
+    """The beta rule for one linear layer and the inputs it read.
 
-    Exciting and inhibiting parts come from one convolution with twice the filters,
+    Exciting and inhibiting parts come from one layer with twice the units,
     z = [z+, z-]: with a >= 0, z+ = a * w+ and z- = a * w-. Where a has negative values its positive
-    and negative parts become twice the input channels, z+ = a+ * w+ + a- * w- and
+    and negative parts become twice the inputs, z+ = a+ * w+ + a- * w- and
     z- = a+ * w- + a- * w+. Either way z+ + z- + bias is the layer's output.
     """
 
     def __init__(self, layer: nn.Linear | nn.Conv3d, inputs: Tensor, beta: float, epsilon: float) -> None:
-        self.layer, self.beta, self.epsilon = layer, beta, epsilon
+        self.bias, self.beta, self.epsilon = cast(Tensor, layer.bias), beta, epsilon
         exciting, inhibiting = layer.weight.clamp(min=0), layer.weight.clamp(max=0)
         self.inputs = inputs
         self.weight = torch.cat([exciting, inhibiting])  # (2n, C, k, k, k) or (2n, C)
-        if bool((inputs < 0).any()):
+        self.signed = bool((inputs < 0).any())
+        if self.signed:
             self.inputs = torch.cat([inputs.clamp(min=0), inputs.clamp(max=0)], 1)
             self.weight = torch.cat([self.weight, torch.cat([inhibiting, exciting])], 1)
 
     def forward(self) -> Tensor:
         """The layer's output; its exciting and inhibiting parts are kept for the way back."""
-        parts = F.linear if isinstance(self.layer, nn.Linear) else F.conv3d
-        self.exciting, self.inhibiting = parts(self.inputs, self.weight).chunk(2, 1)
-        bias = cast(Tensor, self.layer.bias)
-        return self.exciting + self.inhibiting + bias.view(-1, *[1] * (self.exciting.ndim - 2))
+        self.exciting, self.inhibiting = F.linear(self.inputs, self.weight).chunk(2, 1)
+        return self.exciting + self.inhibiting + self.bias
 
-    def keep(self, winners: Tensor) -> None:
-        """Forget the parts of all units but the winners of the pool that follows."""
-        self.exciting, self.inhibiting = (
-            part.flatten(2).gather(2, winners.flatten(2)).view(winners.shape)
-            for part in (self.exciting, self.inhibiting)
-        )
-
-    def backward(self, relevance: Tensor, pooled: tuple[Tensor, torch.Size] | None = None) -> Tensor:
-        """Relevance of the layer's outputs -> of its inputs.
-
-        Where a pool follows, the relevance is the pool's, and `pooled` its winners and the grid before it.
-        """
+    def backward(self, relevance: Tensor) -> Tensor:
+        """Relevance of the layer's outputs -> of its inputs."""
         excited, inhibited = self.exciting > 0, self.inhibiting < 0
         both = excited & inhibited  # a unit with one part alone gets all its relevance through that one
         shares = [
             relevance * torch.where(both, 1 + self.beta, 1.0) / (self.exciting + self.epsilon),
             relevance * torch.where(both, -self.beta, 1.0) / (self.inhibiting - self.epsilon),
         ]
-        shares = [
-            torch.where(there, part, 0) for there, part in zip((excited, inhibited), shares, strict=True)
-        ]
-        if pooled is not None:
-            shares = [unpool(part, *pooled) for part in shares]
-        share = torch.cat(shares, 1)  # (B, 2n, ...)
-        pulled = share @ self.weight if isinstance(self.layer, nn.Linear) else pull(share, self.weight)
-        relevance = self.inputs * pulled
-        if relevance.shape[1] != self.layer.weight.shape[1]:
+        share = torch.cat([torch.where(excited, shares[0], 0), torch.where(inhibited, shares[1], 0)], 1)
+        relevance = self.inputs * self.pull(share)
+        if self.signed:
             positive, negative = relevance.chunk(2, 1)
             relevance = positive + negative
         return relevance
+
+    def pull(self, share: Tensor) -> Tensor:
+        """From the layer's 2n parts to its inputs, by the transposed weights."""
+        return share @ self.weight
+
+
+class BlockRule(BetaRule):
+    """The beta rule for a block's convolution; only the units that win their pool have relevance."""
+
+    def __init__(self, layers: BlockLayers, inputs: Tensor, beta: float, epsilon: float) -> None:
+        super().__init__(layers.conv, inputs, beta, epsilon)
+        self.layers, self.window = layers, cast(int, layers.pool.kernel_size)
+        self.grid = torch.Size(edge - self.weight.shape[2] + 1 for edge in inputs.shape[2:])
+
+    def forward(self) -> Tensor:
+        """The block's output (B, n, x, y, z); both parts of the winners are kept."""
+        filters = len(self.inputs) * len(self.weight)
+        results = in_slabs(self._forward, self.grid, self.window, filters)
+        self.exciting, self.inhibiting, outputs, self.winners = results
+        return outputs
+
+    def _forward(self, rows: slice) -> tuple[Tensor, ...]:
+        """Exciting and inhibiting parts of the winners, the block's output, and the winners, of a slab."""
+        exciting, inhibiting = convolve(with_halo(self.inputs, rows, self.weight), self.weight).chunk(2, 1)
+        values = self.layers.norm(exciting + inhibiting + self.bias.view(-1, 1, 1, 1)).relu_()
+        outputs, winners = F.max_pool3d(values, self.window, return_indices=True)
+        return at_winners(exciting, winners), at_winners(inhibiting, winners), outputs, winners
+
+    def pull(self, share: Tensor) -> Tensor:
+        """From the winners' 2n parts to the convolution's inputs."""
+        winners = torch.cat([self.winners, self.winners], 1)
+        return unpool_and_pull(share, winners, self.grid, self.weight, self.window)

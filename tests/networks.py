@@ -99,6 +99,14 @@ def random_volume(case: Case, batch: int = 1, seed: int = 1) -> Tensor:
     return volume
 
 
+def head_in_zeros(case: Case, batch: int = 1) -> Tensor:
+    """Scans with zeros on all six sides, another width on each, some wider than a kernel."""
+    volume = torch.zeros_like(random_volume(case, batch))
+    x, y, z = case.grid
+    volume[:, :, x // 3 : -1, 2 : -y // 3, z // 5 : -3] = 1
+    return volume * random_volume(case, batch, seed=3).clamp(min=0.01)
+
+
 def smallest_network(family: str, seed: int = 0) -> tuple[CNN3d, Tensor]:
     """A published family, two filters wide, on the smallest grid it takes, and a scan; float32."""
     edge = models.smallest_edge(family)

@@ -1,5 +1,6 @@
 """blocks.py: every shortcut against the layers and autograd it stands for."""
 
+from collections.abc import Callable
 from itertools import product
 
 import pytest
@@ -10,6 +11,7 @@ from networks import (
     Case,
     arguments,
     difference,
+    head_in_zeros,
     mixed_targets,
     network_by_hand,
     over_bad_arguments,
@@ -19,7 +21,21 @@ from networks import (
 )
 from torch import Tensor
 
-from blocks import Block, Network, check_arguments, norm_factor, pull, through_relu, unpool
+import blocks
+from blocks import (
+    LAYOUT,
+    Block,
+    Network,
+    channels_last,
+    check_arguments,
+    convolve,
+    norm_factor,
+    pull,
+    support,
+    through_relu,
+    unpool,
+    whole,
+)
 
 # Sums of at most a few thousand float64 terms, in another order
 ORACLE = 1e-10
@@ -79,7 +95,7 @@ def test_fold_by_hand():
     torch.testing.assert_close(block.weight[:, 0, 1, 1, 1], torch.tensor([1.5, -1, -2]).double())
     torch.testing.assert_close(outputs.flatten(), torch.tensor([2.0, 5, 3]).double(), rtol=1e-13, atol=0)
     assert trace.winners.flatten().tolist() == [0, 7, 7]  # 000 and 111 of 2x2x2
-    assert trace.active.all()
+    assert torch.equal(trace.outputs, outputs)
     assert trace.grid == (2, 2, 2)
 
 
@@ -136,9 +152,83 @@ def test_unpool_puts_values_back_on_their_winners(window: int):
 
 def test_through_relu():
     gradient = torch.tensor([-2.0, 3, -4, 5])
-    active = torch.tensor([True, True, False, False])
-    assert through_relu(gradient, active).tolist() == [-2, 3, 0, 0]
-    assert through_relu(gradient, active, guided=True).tolist() == [0, 3, 0, 0]
+    outputs = torch.tensor([1.0, 0.1, 0, 0])
+    assert through_relu(gradient, outputs).tolist() == [-2, 3, 0, 0]
+    assert through_relu(gradient, outputs, guided=True).tolist() == [0, 3, 0, 0]
+    assert gradient.tolist() == [-2, 3, -4, 5]
+
+
+@pytest.mark.parametrize("channels", [1, 2])
+@pytest.mark.parametrize("batch", [1, 3])
+def test_channels_last_says_so(channels: int, batch: int):
+    """Where PyTorch reads the layout from the strides: the outputs of a convolution are like its inputs."""
+    values = torch.rand(batch, channels, 5, 6, 7)
+    found = channels_last(values)
+    assert torch.equal(found, values)
+    assert convolve(found, torch.rand(4, channels, 3, 3, 3)).is_contiguous(memory_format=LAYOUT)
+
+
+@over_cases
+@pytest.mark.parametrize("batch", [1, 3])
+def test_slabs_do_not_matter(monkeypatch, case: Case, batch: int):
+    """One row of windows at a time, two, or all at once: the same outputs, winners and gradients."""
+    layers = random_network(case).blocks()[0]
+    results = []
+    for slab in (1, 2 * 3 * batch * case.blocks[0][1] * case.grid[1] * case.grid[2], 2**40):
+        monkeypatch.setattr(blocks, "SLAB", slab)
+        with torch.no_grad():
+            block = Block.fold(layers)
+            outputs, trace = block.forward(random_volume(case, batch))
+            torch.manual_seed(0)
+            results.append((outputs, trace.winners, block.backward(torch.randn_like(outputs), trace)))
+    for outputs, winners, gradient in results[1:]:
+        assert torch.equal(winners, results[0][1])
+        assert difference(outputs, results[0][0]) < 1e-13  # sums of 343 products at most
+        assert difference(gradient, results[0][2]) < 1e-13
+
+
+# The box around the head -------------------------------------------------------------------------
+
+
+def test_support_by_hand():
+    volume = torch.zeros(2, 1, 5, 6, 7)
+    volume[0, 0, 1, 2, 3], volume[1, 0, 3, 2, 0] = 1, -1
+    assert support(volume) == (slice(1, 4), slice(2, 3), slice(0, 4))
+    assert support(volume[:1]) == (slice(1, 2), slice(2, 3), slice(3, 4))
+    assert support(volume[:1], volume[1:]) == support(volume)
+    assert support(torch.zeros(1, 1, 5, 6, 7)) == whole(torch.Size((5, 6, 7)))
+
+
+@pytest.mark.parametrize(("kernel", "window"), [(3, 2), (5, 2), (7, 2), (5, 3), (7, 3), (1, 1)])
+def test_part_is_what_sees_the_box(kernel: int, window: int):
+    """One voxel at a time, along one axis: the outputs that read it, and all that those read."""
+    block = Block(torch.ones(1, 1, kernel, kernel, kernel), torch.zeros(1), window)
+    for edge in range(kernel + 2 * window - 1, kernel + 5 * window):
+        count = (edge - kernel + 1) // window
+        reads = [range(q * window, (q + 1) * window + kernel - 1) for q in range(count)]
+        for voxel in range(reads[-1].stop):  # those behind are read by nobody
+            seeing = [q for q in range(count) if voxel in reads[q]]
+            box = (slice(voxel, voxel + 1),) * 3
+            found_reads, found_makes = (axes[0] for axes in block.part(box, torch.Size([edge] * 3)))
+            assert (found_makes.start, found_makes.stop) == (seeing[0], seeing[-1] + 1)
+            assert found_reads.start == reads[seeing[0]].start
+            # the last window's box takes what is left of the axis, too little for another window
+            expected = edge if seeing[-1] == count - 1 else reads[seeing[-1]].stop
+            assert found_reads.stop == expected
+
+
+@over_cases
+@pytest.mark.parametrize("batch", [1, 3])
+def test_margins_give_the_whole_features(case: Case, batch: int):
+    """Block after block, on the box alone, padded: what the model computes on the whole grid."""
+    model, volume = random_network(case), head_in_zeros(case, batch)
+    with torch.no_grad():
+        network = Network(model, volume.shape[2:], support(volume))
+        values = volume[:, :, *network.head]
+        assert values.numel() < volume.numel() or len(network.blocks) == 1
+        for block, margin in zip(network.blocks, network.margins, strict=True):
+            values = margin.pad(block.forward(values)[0])
+        assert difference(values, model.features(volume)) < ORACLE
 
 
 # The whole network -------------------------------------------------------------------------------
@@ -149,26 +239,28 @@ def test_through_relu():
 def test_network_gives_the_models_logits(case: Case, batch: int):
     model, volume = random_network(case), random_volume(case, batch)
     with torch.no_grad():
-        network = Network(model)
+        network = Network(model, volume.shape[2:])
         features = volume
         for block in network.blocks:
             features, _ = block.forward(features)
-        logits, active = network.classify(features)
+        logits, hidden = network.classify(features)
         assert difference(logits, model(volume)) < ORACLE
-        assert torch.equal(active, model.classifier[:2](model.features(volume).flatten(1)) > 0)
+        assert difference(hidden, model.classifier[:2](model.features(volume).flatten(1))) < ORACLE
 
 
 @over_cases
-@pytest.mark.parametrize("first", [0, 1])
-def test_gradient_equals_autograd(case: Case, first: int):
-    """Each scan's own target; from the scan itself or from the second block's inputs on."""
-    model, target = random_network(case), mixed_targets(3)
-    inputs = block_inputs(case, first, 3).requires_grad_()
-    logits = model.classifier(model.features[4 * first :](inputs).flatten(1))
-    (expected,) = torch.autograd.grad(logits.gather(1, target[:, None]).sum(), inputs)
+@pytest.mark.parametrize("volumes", [random_volume, head_in_zeros])
+def test_gradient_equals_autograd(case: Case, volumes: Callable[..., Tensor]):
+    """Each scan's own target, at the first block's output, inside the margin."""
+    model, target, volume = random_network(case), mixed_targets(3), volumes(case, 3)
+    features = model.features[:4](volume).detach().requires_grad_()
+    logits = model.classifier(model.features[4:](features).flatten(1))
+    (expected,) = torch.autograd.grad(logits.gather(1, target[:, None]).sum(), features)
     with torch.no_grad():
-        found = Network(model).gradient(inputs, target, first)
-    assert difference(found, expected) < ORACLE
+        network = Network(model, volume.shape[2:], support(volume))
+        part, _ = network.blocks[0].forward(volume[:, :, *network.head])
+        _, box = network.blocks[0].part(support(volume), volume.shape[2:])
+        assert difference(network.gradient(part, target), expected[..., *box].contiguous()) < ORACLE
 
 
 def test_reading_a_model_does_not_change_it():
@@ -176,7 +268,8 @@ def test_reading_a_model_does_not_change_it():
     model = random_network(case)
     before = {key: value.clone() for key, value in model.state_dict().items()}
     with torch.no_grad():
-        Network(model).gradient(block_inputs(case, 1, 1), torch.tensor([1]))
+        network = Network(model, torch.Size(case.grid))
+        network.gradient(network.blocks[0].forward(random_volume(case))[0], torch.tensor([1]))
     assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
 
 

@@ -23,6 +23,7 @@ from networks import (
 )
 from torch import Tensor, nn
 
+import blocks
 import models
 from ggc import guided_gradcam
 from models import CNN3d
@@ -111,6 +112,13 @@ def explained(case: Case, batch: int) -> tuple[CNN3d, Tensor, Tensor, Tensor]:
 
 
 # Against the definition, and captum --------------------------------------------------------------
+
+
+@over_cases
+def test_slabs_do_not_matter(monkeypatch, case: Case):
+    model, volume, target, expected = explained(case, 2)
+    monkeypatch.setattr(blocks, "SLAB", 1)
+    assert difference(guided_gradcam(model, volume, target), expected) < ORACLE
 
 
 @over_cases

@@ -13,6 +13,7 @@ from networks import (
     check_result_like_volume,
     check_scans_are_independent,
     difference,
+    head_in_zeros,
     mixed_targets,
     network_by_hand,
     on_diagonal,
@@ -24,6 +25,7 @@ from networks import (
 )
 from torch import Tensor
 
+import blocks
 import ig
 import models
 from ig import integrated_gradients
@@ -90,6 +92,19 @@ def test_other_baselines_equal_autograd(case: Case, batch: int, one_for_all: boo
     baseline = baseline_like(volume, one_for_all)
     found = integrated_gradients(model, volume, target, 5, baseline)
     assert difference(found, naive_ig(model, volume, target, 5, baseline)) < ORACLE
+
+
+@over_cases
+@pytest.mark.parametrize("slab", [1, 2**40])
+def test_head_in_zeros_equals_autograd(monkeypatch, case: Case, slab: int):
+    """Only a box around the head is worked on, in slabs; the blank image's term is left out, as above."""
+    monkeypatch.setattr(blocks, "SLAB", slab)
+    model, volume, target = random_network(case), head_in_zeros(case, 2), mixed_targets(2)
+    found = without_blank(model, volume, target, 4)
+    assert difference(found, naive_ig(model, volume, target, 4, first=1)) < ORACLE
+    baseline = head_in_zeros(case).flip(2, 3, 4) / 3
+    found = integrated_gradients(model, volume, target, 4, baseline)
+    assert difference(found, naive_ig(model, volume, target, 4, baseline)) < ORACLE
 
 
 @pytest.mark.parametrize("blocks", [((5, 2),), ((3, 3), (3, 1)), ((5, 2), (3, 1), (3, 1))])

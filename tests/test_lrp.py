@@ -14,6 +14,7 @@ from networks import (
     check_result_like_volume,
     check_scans_are_independent,
     difference,
+    head_in_zeros,
     linear_stub,
     mixed_targets,
     network_by_hand,
@@ -27,6 +28,7 @@ from networks import (
 )
 from torch import Tensor
 
+import blocks
 import models
 from lrp import lrp
 from models import CNN3d
@@ -151,6 +153,17 @@ def enlarge(pooled: Tensor, window: int, shape: torch.Size) -> Tensor:
 def gap(model: CNN3d, volume: Tensor, target: Tensor, beta: float = 0.5, epsilon: float = 1e-6) -> float:
     found = lrp(model, volume, target, beta, epsilon)
     return difference(found, naive_lrp(model, volume, target, beta, epsilon))
+
+
+@over_cases
+@pytest.mark.parametrize("slab", [1, 2**40])
+def test_head_in_zeros_equals_the_plain_rule(monkeypatch, case: Case, slab: int):
+    """Only a box around the head is worked on, in slabs."""
+    monkeypatch.setattr(blocks, "SLAB", slab)
+    model, volume, target = random_network(case), head_in_zeros(case, 2), mixed_targets(2)
+    with torch.no_grad():
+        expected = naive_lrp(model, volume, target, 0.5, 1e-6)
+    assert difference(lrp(model, volume, target, 0.5, 1e-6), expected) < ORACLE
 
 
 @over_cases

@@ -1,0 +1,100 @@
+"""The published way of every piece of work, written plainly: what the suite is held against."""
+
+from typing import cast
+
+import nibabel as nib
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from models import CNN3d
+
+
+def integrated_gradients(
+    model: CNN3d, volume: Tensor, target: Tensor, steps: int = 100, baseline: Tensor | None = None
+) -> Tensor:
+    """IG by autograd through the whole network, one step at a time, left Riemann sum."""
+    model.eval()
+    start = torch.zeros_like(volume) if baseline is None else baseline
+    total = torch.zeros_like(volume)
+    for step in range(steps):
+        point = (start + (volume - start) * (step / steps)).requires_grad_()
+        score = model(point).gather(1, target[:, None]).sum()
+        total += torch.autograd.grad(score, point)[0]
+    return total / steps * (volume - start)
+
+
+def guided_gradcam(model: CNN3d, volume: Tensor, target: Tensor) -> Tensor:
+    """captum's GuidedGradCam of the last convolution."""
+    from captum.attr import GuidedGradCam
+
+    model.eval()
+    method = GuidedGradCam(model, model.features[-4])
+    return method.attribute(volume, target=target, interpolate_mode="trilinear").detach()
+
+
+@torch.no_grad()
+def lrp(model: CNN3d, volume: Tensor, target: Tensor, beta: float = 0.5, epsilon: float = 1e-6) -> Tensor:
+    """The beta rule with all four terms in every layer, denominators at every unit."""
+    model.eval()
+    inputs, values = [], volume
+    layers = [*model.features, nn.Flatten(), *model.classifier]
+    for layer in layers:
+        inputs.append(values)
+        values = layer(values)
+    relevance = values * F.one_hot(target, values.shape[1])
+    for layer, a in zip(reversed(layers), reversed(inputs), strict=True):
+        if isinstance(layer, nn.Flatten):
+            relevance = relevance.view(a.shape)
+        elif isinstance(layer, nn.MaxPool3d):
+            window = [cast(int, layer.kernel_size)] * 3
+            winners = F.max_pool3d(a, window, return_indices=True)[1]
+            relevance = F.max_unpool3d(relevance, winners, window, output_size=a.shape[2:])
+        elif isinstance(layer, nn.Conv3d | nn.Linear):
+            relevance = _beta_rule(layer, a, relevance, beta, epsilon)
+    return relevance
+
+
+def _beta_rule(
+    layer: nn.Conv3d | nn.Linear, a: Tensor, relevance: Tensor, beta: float, epsilon: float
+) -> Tensor:
+    dense = isinstance(layer, nn.Linear)
+
+    def forth(x: Tensor, w: Tensor) -> Tensor:
+        return F.linear(x, w) if dense else F.conv3d(x, w)
+
+    def back(s: Tensor, w: Tensor) -> Tensor:
+        return s @ w if dense else F.conv_transpose3d(s, w)
+
+    positive, negative = a.clamp(min=0), a.clamp(max=0)
+    exciting, inhibiting = layer.weight.clamp(min=0), layer.weight.clamp(max=0)
+    z_plus = forth(positive, exciting) + forth(negative, inhibiting)
+    z_minus = forth(positive, inhibiting) + forth(negative, exciting)
+    both = (z_plus > 0) & (z_minus < 0)
+    share_plus = torch.where(both, 1 + beta, 1.0) * relevance / (z_plus + epsilon)
+    share_minus = torch.where(both, -beta, 1.0) * relevance / (z_minus - epsilon)
+    share_plus = torch.where(z_plus > 0, share_plus, 0)
+    share_minus = torch.where(z_minus < 0, share_minus, 0)
+    return (
+        positive * back(share_plus, exciting)
+        + negative * back(share_plus, inhibiting)
+        + positive * back(share_minus, inhibiting)
+        + negative * back(share_minus, exciting)
+    )
+
+
+def training_step(model: CNN3d, optimiser: torch.optim.Optimizer, volume: Tensor, label: Tensor) -> float:
+    """One plain fp32 step through the layers as they stand."""
+    model.train()
+    loss = F.cross_entropy(model.classifier(model.features(volume).flatten(1)), label)
+    optimiser.zero_grad()
+    loss.backward()
+    optimiser.step()
+    return loss.item()
+
+
+def read_scan(path: str) -> np.ndarray:
+    """nibabel's get_fdata and min-max scaling, in float64 as the published loader does."""
+    values = nib.Nifti1Image.from_filename(path).get_fdata()
+    return ((values - values.min()) / (values.max() - values.min())).astype(np.float32)

@@ -1,0 +1,304 @@
+#!/usr/bin/env python3
+"""Measure the suite against the published way, side by side, each piece of work in a process of its own.
+
+    python3 bench/speed.py            (193 x 229 x 193 voxels, modelA24 and modelB44)
+    python3 bench/speed.py --quick    (97 x 115 x 97 voxels, modelB8)
+
+The references stand in references.py. Every piece of work is done once to warm up and once for the
+clock, but integrated gradients, which is linear in its steps: the reference's 100 steps are 50 times
+two steps, ours the line through 2 and 10 steps. Peak memory is the process's largest resident set on a
+CPU, PyTorch and the scan included, and torch's largest allocation on a GPU. The difference is the
+largest one between both results, relative to the reference's largest value. For IG it is that of two
+steps without the one at alpha = 0, where the image is blank, all pooling windows are tied, and
+autograd's winners are rounding noise.
+"""
+
+import argparse
+import json
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, TensorDataset
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+import references
+
+import dataset
+import ggc
+import ig
+import lrp
+import models
+import simulate
+import train_cv
+import utils
+
+TARGETS = {  # work: at least so many times faster, at most this share of the memory, on a CPU
+    "IG, 100 steps": (10, 0.6),
+    "IG, 100 steps, other baseline": (5, 1),
+    "LRP": (6, 1 / 3),
+    "GGC": (4, 0.6),
+    "training step, bf16": (3, 0.6),
+    "training step, fp32": (1.3, 1),
+}
+STEPS = (2, 10)  # of IG
+READS = 20  # of a scan
+READING = ("reading a scan, cache in memory", "reading a scan, cache on disk")
+
+
+# One piece of work, in a process of its own ------------------------------------------------------
+
+
+def explain(work: str, side: str, model: models.CNN3d, volume: Tensor, steps: int) -> Tensor:
+    """The map of one scan by one method, (1, 1, X, Y, Z)."""
+    target = torch.ones(len(volume), dtype=torch.int64, device=volume.device)
+    ours = side == "ours"
+    if work == "LRP":
+        return (lrp.lrp if ours else references.lrp)(model, volume, target)
+    if work == "GGC":
+        return (ggc.guided_gradcam if ours else references.guided_gradcam)(model, volume, target)
+    baseline = volume.flip(2) * 0.5 if "baseline" in work else None
+    integrate = ig.integrated_gradients if ours else references.integrated_gradients
+    return integrate(model, volume, target, steps, baseline)
+
+
+def train(work: str, side: str, model: models.CNN3d, volume: Tensor, steps: int) -> Tensor:
+    """Training steps on one scan; returns the gradient of the first convolution's weights in the last."""
+    label = torch.ones(len(volume), dtype=torch.int64, device=volume.device)
+    if side == "reference":
+        optimiser = torch.optim.Adam(model.parameters(), lr=1e-4)
+        for _ in range(steps):
+            references.training_step(model, optimiser, volume, label)
+    else:
+        model.to(memory_format=torch.channels_last_3d)  # type: ignore[call-overload]
+        optimiser = torch.optim.Adam(model.parameters(), lr=1e-4)
+        # a generator of its own, so that both sides draw the same dropout
+        loader = DataLoader(TensorDataset(volume, label), generator=torch.Generator())
+        for _ in range(steps):
+            train_cv.train_epoch(model, loader, optimiser, train_cv.PRECISIONS[work.split()[-1]], work)
+    gradient = model.blocks()[0].conv.weight.grad
+    assert gradient is not None
+    return gradient
+
+
+def measure(work: str, side: str, model: models.CNN3d, volume: Tensor) -> tuple[float, Tensor]:
+    """Seconds that one piece of work takes, and its result."""
+    weights = {key: value.clone() for key, value in model.state_dict().items()}
+    do: Callable[..., Tensor] = train if work.startswith("training") else explain
+
+    def timed(steps: int) -> tuple[float, Tensor]:
+        model.load_state_dict(weights)
+        torch.manual_seed(0)  # of dropout
+        synchronise(volume.device)
+        begin = time.perf_counter()
+        result = do(work, side, model, volume, steps)
+        synchronise(volume.device)
+        return time.perf_counter() - begin, result
+
+    if not work.startswith("IG"):
+        timed(1)
+        return timed(1)
+    _, first = timed(1)
+    few, result = timed(STEPS[0])
+    result = STEPS[0] * result - (first if work == "IG, 100 steps" else 0)
+    if side == "reference":
+        return 100 / STEPS[0] * few, result
+    many, _ = timed(STEPS[1])
+    slope = (many - few) / (STEPS[1] - STEPS[0])
+    return few + (100 - STEPS[0]) * slope, result
+
+
+def synchronise(device: torch.device) -> None:
+    """Wait until a GPU has done what it was given."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def peak_memory(device: torch.device) -> int:
+    """Most bytes that this process has held."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    # not getrusage's ru_maxrss, which a process takes over from the one that started it
+    status = dict(line.split(":") for line in Path("/proc/self/status").read_text().splitlines())
+    return int(status["VmHWM"].split()[0]) * 1024
+
+
+def costliest(work: str, model: models.CNN3d, volume: Tensor) -> str:
+    """The three operations that take most of a piece of work, with their shares of its time."""
+    kind = torch.profiler.ProfilerActivity
+    cuda = volume.device.type == "cuda"
+    with torch.profiler.profile(activities=[kind.CPU, kind.CUDA] if cuda else [kind.CPU]) as profile:
+        (train if work.startswith("training") else explain)(
+            work, "ours", model, volume, 1 if work.startswith("training") else STEPS[1]
+        )
+        synchronise(volume.device)
+
+    def cost(event: Any) -> float:
+        return event.self_device_time_total if cuda else event.self_cpu_time_total
+
+    events = sorted(profile.key_averages(), key=cost, reverse=True)
+    total = sum(map(cost, events))
+    return ", ".join(f"{event.key} {cost(event) / total:.0%}" for event in events[:3])
+
+
+def load_scan(scan: Path, device: torch.device) -> Tensor:
+    """A scan as the networks read it, (1, 1, X, Y, Z)."""
+    return torch.from_numpy(dataset.read_scan(scan))[None, None].to(device)
+
+
+def save_weights(name: str, scan: Path, path: Path) -> None:
+    """Weights with BatchNorm parameters and statistics as after training, so that units are alive."""
+    volume = load_scan(scan, torch.device("cpu"))
+    torch.manual_seed(0)
+    model = models.build_model(name, volume.shape[2:])  # type: ignore[arg-type]
+    with torch.no_grad():
+        for block in model.blocks():
+            block.norm.weight.uniform_(0.5, 1.5)
+            block.norm.bias.uniform_(-0.2, 0.5)
+            block.norm.momentum = 1.0  # the running statistics become this scan's
+        model(volume)
+    torch.save(model.state_dict(), path)
+
+
+def worker(work: str, side: str, name: str, scan: Path, device: torch.device, profile: bool) -> None:
+    """Do one piece of work; print seconds, peak memory and the costliest operations as JSON."""
+    weights = scan.with_name(f"{name}.pth")
+    if work == "weights":
+        return save_weights(name, scan, weights)
+    volume = load_scan(scan, device)
+    model = models.load_weights(models.build_model(name, volume.shape[2:]), weights, device)  # type: ignore[arg-type]
+    seconds, result = measure(work, side, model, volume)
+    record: dict[str, float | str] = {"seconds": seconds, "peak": peak_memory(device)}
+    np.save(scan.with_name(f"{side}.npy"), result.detach().float().cpu().numpy())
+    if profile and side == "ours":
+        record["costs"] = costliest(work, model, volume)
+    print(json.dumps(record))
+    return None
+
+
+# The table ---------------------------------------------------------------------------------------
+
+
+def compare(
+    models_: list[str], scan: Path, options: list[str], chosen: list[str]
+) -> Iterator[dict[str, float | str]]:
+    """Every piece of work with every network, both ways: rows of the table."""
+
+    def run(work: str, side: str, name: str) -> dict[str, Any]:
+        command = [sys.executable, __file__, "--worker", work, side, name, str(scan), *options]
+        output = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout
+        return json.loads(output.splitlines()[-1]) if output else {}
+
+    for name in models_:
+        run("weights", "", name)
+        former: dict[str, Any] = {}
+        for work, (faster, smaller) in TARGETS.items():
+            if work not in chosen:
+                continue
+            if not (former and work == "training step, fp32"):  # bf16's reference is the same
+                former = run(work, "reference", name)
+            ours = run(work, "ours", name)
+            there, here = (np.load(scan.with_name(f"{side}.npy")) for side in ("reference", "ours"))
+            yield {
+                "model": name,
+                "work": work,
+                "reference s": former["seconds"],
+                "ours s": ours["seconds"],
+                "ratio": former["seconds"] / ours["seconds"],
+                "at least": faster,
+                "reference GB": former["peak"] / 1e9,
+                "ours GB": ours["peak"] / 1e9,
+                "share": ours["peak"] / former["peak"],
+                "at most": smaller,
+                "difference": np.abs(here - there).max() / np.abs(there).max(),
+                "correlation": np.corrcoef(here.ravel(), there.ravel())[0, 1],
+                "costs": ours.get("costs", ""),
+            }
+
+
+def compare_reading(cohort: Path) -> Iterator[dict[str, float | str]]:
+    """nibabel's get_fdata and scaling against the caches, each scan copied into a batch."""
+    table = dataset.read_csv(cohort / "data.csv")
+    grid = dataset.check_grid(table)
+    row = next(iter(table.index))
+
+    def seconds(read: Callable[[], Any]) -> float:
+        read()
+        begin = time.perf_counter()
+        for _ in range(READS):
+            read()
+        return (time.perf_counter() - begin) / READS
+
+    reference = seconds(lambda: references.read_scan(table["file"][row]))
+    there = references.read_scan(table["file"][row])
+    for work, cache in zip(READING, ("ram", "disk"), strict=True):
+        scans = dataset.open_scans(table, grid, cache, cohort / "cache", workers=1)
+        ours = seconds(lambda scans=scans: torch.stack([scans[row][0]]))  # type: ignore[misc]
+        here = scans[row][0].numpy()[0]
+        yield {
+            "work": work,
+            "reference s": reference,
+            "ours s": ours,
+            "ratio": reference / ours,
+            "at least": 50,
+            "difference": np.abs(here - there).max(),
+            "correlation": np.corrcoef(here.ravel(), there.ravel())[0, 1],
+        }
+
+
+def get_parser() -> argparse.ArgumentParser:
+    """The options of this command."""
+    parser = utils.ArgumentParser(__doc__)
+    add = parser.add_argument
+    add("--quick", action="store_true", help="2 mm and one small network instead")
+    add("--work", choices=[*TARGETS, "reading"], nargs="+", default=[*TARGETS, "reading"], metavar="WORK")
+    add("--model", nargs="+", metavar="NAME", help="networks (default: modelA24 modelB44; quick: modelB8)")
+    add("--device", default="cpu", help="as in train_cv.py")
+    add("--profile", action="store_true", help="also name the three costliest operations of each row")
+    add("--worker", nargs=4, metavar=("WORK", "SIDE", "NAME", "SCAN"), help=argparse.SUPPRESS)
+    return parser
+
+
+@utils.command
+def main(argv: list[str] | None = None) -> int:
+    """Simulate a scan, do every piece of work both ways, print one table."""
+    args = get_parser().parse_args(argv)
+    device = utils.resolve_device(args.device)
+    if args.worker:
+        work, side, name, scan = args.worker
+        worker(work, side, name, Path(scan), device, args.profile)
+        return 0
+    names = args.model or (["modelB8"] if args.quick else ["modelA24", "modelB44"])
+    begin = time.perf_counter()
+    with tempfile.TemporaryDirectory() as folder:
+        cohort = Path(folder)
+        voxel = 2 if args.quick else 1
+        simulate.main(["--outpath", folder, "--subjects", "4", "--voxel", str(voxel)])
+        options = ["--device", args.device, *["--profile"] * args.profile]
+        rows = []
+        for row in compare(names, cohort / simulate.scan_path(0), options, args.work):
+            rows.append(row)
+            print({key: f"{v:.3g}" if isinstance(v, float) else v for key, v in row.items()}, flush=True)
+        if "reading" in args.work:
+            rows += compare_reading(cohort)
+    table = pd.DataFrame(rows)
+    print(f"\n{device}, {torch.get_num_threads()} threads, PyTorch {torch.__version__}, {voxel} mm")
+    print(table.drop(columns="costs", errors="ignore").to_string(index=False, float_format="{:.3g}".format))
+    if args.profile:
+        print()
+        for row in rows:
+            print(f"{row.get('model', '')} {row['work']}: {row.get('costs', '')}")
+    print(f"{time.perf_counter() - begin:.0f} s in all")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

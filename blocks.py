@@ -24,9 +24,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from models import CLASSES, BlockLayers, CNN3d
+from models import CLASSES, LAYOUT, BlockLayers, CNN3d, channels_last
 
-LAYOUT = torch.channels_last_3d  # the channels of a voxel side by side: the faster one for convolutions
 SLAB = 2**23  # values of a convolution's output that are worked on at once, 32 MiB in float32
 
 Box = tuple[slice, ...]  # of a grid, one slice for each axis
@@ -148,25 +147,19 @@ class Network:
     def __init__(self, model: CNN3d, grid: torch.Size, box: Box | None = None) -> None:
         self.blocks = [Block.fold(layers) for layers in model.blocks()]
         self.hidden, self.output = model.linears()
-        box = box or whole(grid)
-        parts, grids, backgrounds = [], [], [self.blocks[0].weight.new_zeros(1)]
+        box, parts = box or whole(grid), []
         for block in self.blocks:
             reads, box = block.part(box, grid)
-            grid = torch.Size(n // block.window for n in block.grid(grid))
             parts.append((reads, box))
-            grids.append(grid)
-            constant = block.weight.sum((2, 3, 4)) @ backgrounds[-1]  # (n,)
-            backgrounds.append(F.relu(constant + block.shift))
+            grid = torch.Size(edge // block.window for edge in block.grid(grid))
         self.head = parts[0][0]
+        background, self.margins = self.blocks[0].weight.new_zeros(1), []
         following = [*(reads for reads, _ in parts[1:]), whole(grid)]
-        self.margins = [
-            Margin(
-                tuple(slice(i.start - o.start, i.stop - o.start) for i, o in zip(inner, outer, strict=True)),
-                tuple(o.stop - o.start for o in outer),
-                background,
-            )
-            for (_, inner), outer, background in zip(parts, following, backgrounds[1:], strict=True)
-        ]
+        for block, (_, inner), outer in zip(self.blocks, parts, following, strict=True):
+            background = F.relu(block.weight.sum((2, 3, 4)) @ background + block.shift)  # (n,)
+            inside = (slice(i.start - o.start, i.stop - o.start) for i, o in zip(inner, outer, strict=True))
+            shape = tuple(o.stop - o.start for o in outer)
+            self.margins.append(Margin(tuple(inside), shape, background))
 
     def classify(self, features: Tensor) -> tuple[Tensor, Tensor]:
         """Output of the last block (B, n, x, y, z) -> logits (B, 2), and the hidden units' (B, 64)."""
@@ -319,17 +312,6 @@ def convolve(inputs: Tensor, weight: Tensor, padding: Sequence[int] = (0, 0, 0))
     if inputs.device.type == "cpu" and inputs.dtype == torch.float32 and torch.backends.mkldnn.is_available():
         return torch.mkldnn_convolution(inputs, weight, None, padding, (1, 1, 1), (1, 1, 1), 1)
     return F.conv3d(inputs, weight, padding=padding)
-
-
-def channels_last(values: Tensor) -> Tensor:
-    """The same values, channels last.
-
-    The strides of a single channel fit either layout; PyTorch reads them as channels first unless they
-    are spelled out.
-    """
-    if values.shape[1] == 1:
-        values = values.squeeze(1).unsqueeze(-1).movedim(-1, 1)
-    return values.contiguous(memory_format=LAYOUT)
 
 
 def pull(gradient: Tensor, weight: Tensor) -> Tensor:

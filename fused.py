@@ -44,32 +44,52 @@ class _NormReluPool(torch.autograd.Function):
         ctx: Any, values: Tensor, weight: Tensor, bias: Tensor, mean: Tensor, precision: Tensor, window: int
     ) -> Tensor:
         # where the weight is negative the largest output comes from the smallest input
-        sign = _channels(torch.where(weight < 0, -1, 1).to(values.dtype))
+        sign = torch.where(weight < 0, -1, 1).to(values.dtype).view(-1, 1, 1, 1)
         rising = values if bool((sign > 0).all()) else values * sign
         pooled, winners = F.max_pool3d(rising, window, return_indices=True)
-        normal = (pooled * sign - _channels(mean)) * _channels(precision)
-        outputs = F.relu(normal * _channels(weight) + _channels(bias))
-        ctx.save_for_backward(values, weight, mean, precision, winners, normal, outputs > 0)
-        return outputs.to(values.dtype)
+        pooled = pooled if rising is values else pooled * sign
+        scale = weight * precision  # (n,)
+        outputs = affine(pooled, scale, bias - mean * scale).relu_()
+        ctx.save_for_backward(values, weight, mean, precision, winners, pooled, outputs)
+        return outputs
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
-        values, weight, mean, precision, winners, normal, active = ctx.saved_tensors
-        gradient = gradients[0] * active  # (B, n, x, y, z)
-        count = values.numel() // values.shape[1]
-        to_bias = gradient.sum((0, 2, 3, 4), dtype=mean.dtype)  # (n,)
-        to_weight = (gradient * normal).sum((0, 2, 3, 4))
+        values, weight, mean, precision, winners, pooled, outputs = ctx.saved_tensors
+        gradient = torch.ops.aten.threshold_backward(gradients[0], outputs, 0)  # (B, n, x, y, z)
+        normal = affine(pooled, precision, -mean * precision)
+        count, space = values.numel() // values.shape[1], (0, 2, 3, 4)
+        to_bias = gradient.sum(space, dtype=mean.dtype)  # (n,)
+        to_weight = (gradient * normal).sum(space, dtype=mean.dtype)
         # BatchNorm's gradient is scale * (g - mean of g - normal * mean of g * normal), and g is zero but
         # at the winners: everywhere else it is linear in `values`.
         scale = weight * precision  # (n,)
-        slope, offset = (-scale * precision * to_weight / count), (-scale * to_bias / count)
-        offset = offset - slope * mean
-        full = torch.addcmul(_channels(offset).to(values.dtype), values, _channels(slope).to(values.dtype))
-        won = _channels(scale) * (gradient - (_channels(to_bias) + normal * _channels(to_weight)) / count)
-        full.flatten(2).scatter_(2, winners.flatten(2), won.to(values.dtype).flatten(2))
+        slope = -scale * precision * to_weight / count
+        offset = -scale * to_bias / count - slope * mean
+        full = affine(values, slope, offset)
+        won = affine(pooled, slope, offset) + affine(gradient, scale, torch.zeros_like(scale))
+        # numbers of 16 bits are put in place as integers: PyTorch would copy the whole grid otherwise
+        bits = torch.int16 if values.element_size() == 2 else values.dtype
+        full.view(bits).flatten(2).scatter_(2, winners.flatten(2), won.view(bits).flatten(2))
         return full, to_weight, to_bias, None, None, None
 
 
-def _channels(values: Tensor) -> Tensor:
-    """(n,) -> (n, 1, 1, 1), to go with (B, n, X, Y, Z)."""
-    return values.view(-1, 1, 1, 1)
+def affine(values: Tensor, factor: Tensor, offset: Tensor) -> Tensor:
+    """factor * values + offset, one each (n,) per channel of (B, n, X, Y, Z), in one pass."""
+    zero, one = torch.zeros_like(factor), torch.ones_like(factor)
+    return F.batch_norm(values, zero, one, factor, offset, training=False, eps=0.0)
+
+
+def stacked_convolution(volume: Tensor, conv: nn.Conv3d) -> Tensor:
+    """conv(volume) for scans (B, 1, X, Y, Z), with the taps along the first axis as channels.
+
+    In 16 bits a convolution of one channel is slow. Here it reads k copies of the scan, each shifted by
+    one voxel, with a kernel of (1, k, k), and one blank copy where k is odd.
+    """
+    taps = conv.weight.shape[2]
+    length, spare = volume.shape[2] - taps + 1, taps % 2
+    scan = volume[:, 0].to(torch.get_autocast_dtype(volume.device.type))
+    copies = [scan[:, tap : tap + length] for tap in range(taps)]
+    copies += [torch.zeros_like(copies[0])] * spare
+    weight = F.pad(conv.weight.transpose(1, 2), (0, 0, 0, 0, 0, 0, 0, spare))  # (n, k + spare, 1, k, k)
+    return F.conv3d(torch.stack(copies, -1).movedim(-1, 1), weight, conv.bias)

@@ -7,7 +7,6 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from blocks import (
-    LAYOUT,
     Network,
     at_winners,
     check_arguments,
@@ -17,7 +16,7 @@ from blocks import (
     unpool_and_pull,
     with_halo,
 )
-from models import CLASSES, BlockLayers, CNN3d, frozen
+from models import CLASSES, LAYOUT, BlockLayers, CNN3d, frozen
 
 
 def lrp(model: CNN3d, volume: Tensor, target: Tensor, beta: float = 0.5, epsilon: float = 1e-6) -> Tensor:

@@ -23,10 +23,8 @@ from torch import Tensor
 
 import blocks
 from blocks import (
-    LAYOUT,
     Block,
     Network,
-    channels_last,
     check_arguments,
     convolve,
     norm_factor,
@@ -36,6 +34,7 @@ from blocks import (
     unpool,
     whole,
 )
+from models import LAYOUT, channels_last
 
 # Sums of at most a few thousand float64 terms, in another order
 ORACLE = 1e-10

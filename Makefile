@@ -1,5 +1,7 @@
 # make demo       a cohort, five networks, three kinds of maps: results under demo/
 # make demo-null  the same cohort without any planted loss: what is left is chance
+# make bench      speed and memory against the published way, about 20 minutes; bench-quick: 2 minutes
+# make slopes     how time and memory grow with subjects, steps and voxels, about 10 minutes
 # make test       all tests
 # make lint       formatting, rules and types
 # Each creates what it needs in .venv first.
@@ -11,7 +13,7 @@ DEMO := demo
 # the networks learn where the loss is. Their loss stays flat for several epochs first, hence the patience.
 COHORT := --subjects 80 --voxel 2 --severity 2 --seed 0
 TRAIN := --model modelB8 --lr 1e-3 --wd 1e-3 --batch 4 --epochs 16 --patience 12
-.PHONY: demo demo-null test lint clean
+.PHONY: demo demo-null bench bench-quick slopes test lint clean
 
 demo: .venv/run
 	$(PY) simulate.py --outpath $(DEMO)/cohort $(COHORT) --overwrite
@@ -25,6 +27,15 @@ demo: .venv/run
 demo-null: .venv/run
 	$(PY) simulate.py --outpath $(DEMO)/null/cohort $(COHORT) --null --overwrite
 	$(PY) train_cv.py --path $(DEMO)/null/cohort/data.csv --outpath $(DEMO)/null/models $(TRAIN) --overwrite
+
+bench: .venv/run
+	$(PY) bench/speed.py --profile
+
+bench-quick: .venv/run
+	$(PY) bench/speed.py --profile --quick
+
+slopes: .venv/run
+	$(PY) bench/slopes.py
 
 test: .venv/dev
 	$(PY) -m pytest

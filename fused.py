@@ -66,18 +66,21 @@ class _NormReluPool(torch.autograd.Function):
         scale = weight * precision  # (n,)
         slope = -scale * precision * to_weight / count
         offset = -scale * to_bias / count - slope * mean
-        full = affine(values, slope, offset)
         won = affine(pooled, slope, offset) + affine(gradient, scale, torch.zeros_like(scale))
+        # in place, for the values have served their turn; autograd refuses a second pass over them
+        full = affine(values, slope, offset, out=values)
         # numbers of 16 bits are put in place as integers: PyTorch would copy the whole grid otherwise
         bits = torch.int16 if values.element_size() == 2 else values.dtype
         full.view(bits).flatten(2).scatter_(2, winners.flatten(2), won.view(bits).flatten(2))
         return full, to_weight, to_bias, None, None, None
 
 
-def affine(values: Tensor, factor: Tensor, offset: Tensor) -> Tensor:
+def affine(values: Tensor, factor: Tensor, offset: Tensor, out: Tensor | None = None) -> Tensor:
     """factor * values + offset, one each (n,) per channel of (B, n, X, Y, Z), in one pass."""
-    zero, one = torch.zeros_like(factor), torch.ones_like(factor)
-    return F.batch_norm(values, zero, one, factor, offset, training=False, eps=0.0)
+    zero, one, none = torch.zeros_like(factor), torch.ones_like(factor), factor.new_empty(0)
+    out = torch.empty_like(values) if out is None else out
+    results = (out, none, none)
+    return torch.native_batch_norm(values, factor, offset, zero, one, False, 0.0, 0.0, out=results)[0]
 
 
 def stacked_convolution(volume: Tensor, conv: nn.Conv3d) -> Tensor:

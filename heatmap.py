@@ -345,6 +345,7 @@ def summary(subjects: pd.DataFrame) -> str:
 def main(argv: list[str] | None = None) -> int:
     """Check everything, explain the folds, average them."""
     args = get_parser().parse_args(argv)
+    utils.hold_memory()
     device = utils.resolve_device(args.device)
     options = method_options(args.method, vars(args))
     run = find_run(args.modelpath, args.path, args.model, args.fold)

@@ -271,6 +271,7 @@ def draw_training(histories: list[pd.DataFrame], delta: float, path: Path) -> No
 def main(argv: list[str] | None = None) -> int:
     """Check everything, train the folds, test them, report."""
     args = get_parser().parse_args(argv)
+    utils.hold_memory()
     device = utils.resolve_device(args.device)
     chosen = utils.choose_folds(args.run_folds, args.fold)
     table = dataset.read_csv(args.path)

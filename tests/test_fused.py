@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fused import norm_relu_pool
+from fused import norm_relu_pool, stacked_convolution
 from models import build_model
 
 
@@ -66,3 +66,48 @@ def test_a_training_step_of_the_network_is_that_of_its_layers() -> None:
         scale = max(wanted.grad.abs().max().item(), 1e-3)
         assert (wanted.grad - found.grad).abs().max().item() < 1e-9 * scale, name
     torch.testing.assert_close(dict(plain.named_buffers()), dict(model.named_buffers()), rtol=1e-12, atol=0)
+
+
+def test_a_second_pass_over_overwritten_values_is_refused() -> None:
+    """The backward pass writes over what it read; autograd must notice."""
+    values = torch.randn(1, 5, 4, 4, 4, dtype=torch.float64, requires_grad=True)
+    outputs = norm_relu_pool(values * 1, make_norm(5), nn.MaxPool3d(2)).sum()
+    outputs.backward(retain_graph=True)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        outputs.backward()
+
+
+@pytest.mark.parametrize("kernel", [3, 5, 7, 2])
+@pytest.mark.parametrize("batch", [1, 2])
+def test_taps_as_channels_are_the_same_convolution(kernel: int, batch: int) -> None:
+    """In 16 bits as autocast has it: the same products, added up in float32, rounded once."""
+    torch.manual_seed(0)
+    conv, volume = nn.Conv3d(1, 4, kernel), torch.rand(batch, 1, 13, 12, 11)
+    with torch.autocast("cpu", torch.bfloat16):
+        found = stacked_convolution(volume, conv)
+    wanted = F.conv3d(volume.bfloat16().float(), conv.weight.bfloat16().float(), conv.bias.bfloat16().float())
+    assert found.dtype == torch.bfloat16
+    # bfloat16 holds 8 bits: rounding is within 2**-8 of a value; bias and sums are of the order of 1
+    torch.testing.assert_close(found.float(), wanted, rtol=2**-7, atol=2**-8)
+    gradient = torch.randn_like(wanted)
+    (slopes,) = torch.autograd.grad(found.float(), conv.weight, gradient)
+    (expected,) = torch.autograd.grad(
+        F.conv3d(volume.bfloat16().float(), conv.weight), conv.weight, gradient.bfloat16().float()
+    )
+    assert (slopes - expected).abs().max() < 2**-7 * expected.abs().max()
+
+
+def test_a_step_in_16_bits_is_close_to_that_in_32() -> None:
+    """Both ways the gradient points the same way; rounding at 2**-9 in every layer turns it a little."""
+    torch.manual_seed(0)
+    model = build_model("modelA2", (110, 111, 112))
+    model.classifier[2].p = 0.0
+    volume, label = torch.rand(2, 1, 110, 111, 112), torch.tensor([0, 1])
+    gradients = []
+    for enabled in (False, True):
+        model.zero_grad()
+        with torch.autocast("cpu", torch.bfloat16, enabled=enabled):
+            loss = F.cross_entropy(model(volume).float(), label)
+        loss.backward()
+        gradients.append(torch.cat([p.grad.flatten() for p in model.classifier.parameters()]))
+    assert F.cosine_similarity(*gradients, dim=0) > 0.9

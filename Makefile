@@ -1,5 +1,5 @@
-# make demo       a cohort, five networks, three kinds of maps: results under demo/
-# make demo-null  the same cohort without any planted loss: what is left is chance
+# make demo       a cohort, five networks, their maps, an SVM, and how all agree with the truth: under demo/
+# make demo-null  the same people without any planted loss: what is left is chance
 # make bench      speed and memory against the published way, about 20 minutes; bench-quick: 2 minutes
 # make slopes     how time and memory grow with subjects, steps and voxels, about 10 minutes
 # make test       all tests
@@ -11,22 +11,26 @@ PY := .venv/bin/python
 DEMO := demo
 # Eighty simulated scans and a network of eight filters: small enough for two cores, large enough that
 # the networks learn where the loss is. Their loss stays flat for several epochs first, hence the patience.
-COHORT := --subjects 80 --voxel 2 --severity 2 --seed 0
+SEED := 0
+COHORT = --subjects 80 --voxel 2 --severity 2 --seed $(SEED)
 TRAIN := --model modelB8 --lr 1e-3 --wd 1e-3 --batch 4 --epochs 16 --patience 12
+# method + baseline
+MAPS := LRP+zero GGC+zero IG+zero IG+controls
 .PHONY: demo demo-null bench bench-quick slopes test lint clean
 
-demo: .venv/run
+demo demo-null: .venv/run
 	$(PY) simulate.py --outpath $(DEMO)/cohort $(COHORT) --overwrite
 	$(PY) train_cv.py --path $(DEMO)/cohort/data.csv --outpath $(DEMO)/models $(TRAIN) --overwrite
-	for method in LRP IG GGC; do \
-	    $(PY) heatmap.py --method $$method --modelpath $(DEMO)/models \
-	        --outpath $(DEMO)/heatmaps --overwrite || exit; \
-	done
-	$(PY) bench/demo.py --path $(DEMO)
+	for map in $(MAPS); do for weights in trained random; do \
+	    $(PY) heatmap.py --method $${map%%+*} --baseline $${map##*+} --weights $$weights \
+	        --modelpath $(DEMO)/models --outpath $(DEMO)/heatmaps --overwrite || exit; \
+	done; done
+	$(PY) svm.py --modelpath $(DEMO)/models --outpath $(DEMO)/heatmaps --overwrite
+	$(PY) overlap.py --maps $(DEMO)/heatmaps --reference $(DEMO)/cohort/truth.nii.gz \
+	    --mask $(DEMO)/cohort/mask.nii.gz --overwrite
 
-demo-null: .venv/run
-	$(PY) simulate.py --outpath $(DEMO)/null/cohort $(COHORT) --null --overwrite
-	$(PY) train_cv.py --path $(DEMO)/null/cohort/data.csv --outpath $(DEMO)/null/models $(TRAIN) --overwrite
+demo-null: DEMO := $(DEMO)/null
+demo-null: COHORT += --null
 
 bench: .venv/run
 	$(PY) bench/speed.py --profile

@@ -13,7 +13,7 @@ import sys
 from collections.abc import Callable, Sized
 from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple, cast
+from typing import Any, cast
 
 import numpy as np
 import pandas as pd
@@ -23,10 +23,12 @@ from torch.utils.data import DataLoader, Subset
 
 import dataset
 import models
+import runs
 import utils
 from ggc import guided_gradcam
 from ig import integrated_gradients
 from lrp import lrp
+from runs import Run
 
 METHODS: dict[str, Callable[..., Tensor]] = {
     "LRP": lrp,
@@ -35,12 +37,14 @@ METHODS: dict[str, Callable[..., Tensor]] = {
 }
 TARGETS = ("label", "predicted", "0", "1")
 BASELINES = ("zero", "controls")
+WEIGHTS = ("trained", "random")
 WRITTEN = [
     "map.json",
     "map_f*.nii.gz",
     "baseline_f*.nii.gz",
     "map_all.nii.gz",
     "map_all.png",
+    "mean_scan.nii.gz",
     "subjects.csv",
     "subjects/f*.nii.gz",
 ]
@@ -62,6 +66,9 @@ def get_parser() -> argparse.ArgumentParser:
     add("--batch", type=whole, default=1, help="scans explained at once")
     add("--run-folds", type=utils.number(int, at_least=0), nargs="+", metavar="I", help="only these folds")
     add("--target", choices=TARGETS, default="label", help="the logit to explain")
+    add("--weights", choices=WEIGHTS, default="trained", help="or untrained: maps to hold the others against")
+    seed = utils.number(int, at_least=0, at_most=2**32 - 1)
+    add("--seed", type=seed, default=0, help="of random weights")
     add("--steps", type=whole, default=100, help="IG: steps of the Riemann sum")
     add(
         "--baseline",
@@ -75,74 +82,34 @@ def get_parser() -> argparse.ArgumentParser:
     return parser
 
 
-# The run to explain ------------------------------------------------------------------------------
+# The weights --------------------------------------------------------------------------------------
 
 
-class Run(NamedTuple):
-    """A training run, checked: what is explained, and with which weights."""
-
-    csv: Path
-    table: pd.DataFrame
-    grid: dataset.Grid
-    folds: pd.DataFrame
-    model: str
-    k: int
-
-    def checkpoint(self, modelpath: Path, fold: int) -> Path:
-        """The weights of a fold."""
-        return modelpath / f"state_dict_f{fold}.pth"
-
-
-def find_run(modelpath: Path, csv: Path | None, model: str | None, k: int | None) -> Run:
-    """Read and check the run under `modelpath`; `csv`, `model` and `k` are the user's, or None."""
-    if (modelpath / "run.json").exists():
-        return _recorded_run(modelpath, csv, model, k)
-    if not modelpath.is_dir():
-        raise utils.InputError(f"--modelpath {modelpath}: no such folder; train_cv.py makes one")
-    if csv is None or model is None:
-        raise utils.InputError(
-            f"--modelpath {modelpath}: holds no run.json, so --path and --model are needed"
-        )
-    print(
-        f"{modelpath} holds no run.json: published checkpoints, explained on the published contiguous folds"
-    )
-    table, k = dataset.read_csv(csv), k or 5
-    folds = dataset.make_folds(table, k, "contiguous", val_fraction=0, seed=0)  # nothing is trained here
-    return Run(csv, table, dataset.check_grid(table), folds, model, k)
-
-
-def _recorded_run(modelpath: Path, csv: Path | None, model: str | None, k: int | None) -> Run:
-    """The run that run.json and folds.csv describe, as long as its CSV and scans are the same."""
-    record = utils.read_json(modelpath / "run.json")
-    try:
-        recorded = Path(record["csv"]), record["csv_sha256"], record["model"], record["grid"]
-        trained_k = int(record["arguments"]["fold"])
-        folds = pd.read_csv(modelpath / "folds.csv", dtype={"path": str, "subject": str})
-    except (OSError, KeyError, TypeError, ValueError) as problem:
-        raise utils.InputError(f"{modelpath}: run.json or folds.csv is damaged ({problem!r})") from problem
-    trained_csv, digest, trained_model, trained_grid = recorded
-    if model not in (None, trained_model):
-        raise utils.InputError(f"--model {model}: {modelpath} was trained with {trained_model}")
-    if k not in (None, trained_k):
-        raise utils.InputError(f"--fold {k}: {modelpath} was trained with {trained_k} folds")
-    csv = csv or trained_csv
-    table = dataset.read_csv(csv)
-    if utils.sha256(csv) != digest:
-        raise utils.InputError(f"{csv}: is not the CSV that {modelpath} was trained on; its content changed")
-    grid = dataset.check_grid(table)
-    if grid.record() != trained_grid:
-        raise utils.InputError(f"{csv}: the scans' grid is not the one that {modelpath} was trained on")
-    if len(folds) != trained_k * len(table) or list(folds.columns) != ["fold", "role", *dataset.COLUMNS]:
-        raise utils.InputError(f"{modelpath / 'folds.csv'}: does not list every scan once per fold")
-    return Run(csv, table, grid, folds, trained_model, trained_k)
-
-
-def check_weights(run: Run, modelpath: Path, folds: list[int]) -> dict[int, str]:
-    """Load the weights of every fold once; returns their SHA-256 by fold."""
+def check_weights(run: Run, modelpath: Path, folds: list[int], weights: str) -> None:
+    """Build the network and load the folds' trained weights once; raises InputError where that fails."""
     model = models.require_model(run.model, run.grid.shape)
-    for fold in folds:
+    for fold in folds if weights == "trained" else []:
         models.load_weights(model, run.checkpoint(modelpath, fold), torch.device("cpu"))
-    return {fold: utils.sha256(run.checkpoint(modelpath, fold)) for fold in folds}
+
+
+def digests(run: Run, modelpath: Path, weights: str, seed: int) -> dict[int, str]:
+    """What tells the weights of every fold from others; folds without any are left out."""
+    if weights == "random":
+        return dict.fromkeys(range(run.k), f"random, seed {seed}")
+    paths = {fold: run.checkpoint(modelpath, fold) for fold in range(run.k)}
+    return {fold: utils.sha256(path) for fold, path in paths.items() if path.exists()}
+
+
+def load_fold(
+    run: Run, modelpath: Path, fold: int, weights: str, seed: int, device: torch.device
+) -> models.CNN3d:
+    """The network of a fold: trained, or as it was before any training, on a seed of the fold's own."""
+    if weights == "random":
+        utils.seed_everything(utils.fold_seed(seed, fold))
+    model = models.build_model(run.model, run.grid.shape)
+    if weights == "random":
+        return model.to(device).eval()
+    return models.load_weights(model, run.checkpoint(modelpath, fold), device)
 
 
 # One fold ----------------------------------------------------------------------------------------
@@ -281,12 +248,13 @@ def subject_file(folder: Path, fold: int, row: int, path: str) -> Path:
 
 
 def average_folds(folder: Path, run: Run, scans: dataset.Scans, title: str) -> None:
-    """Write the mean of the fold means, and its picture over the mean scan."""
+    """Write the mean of the fold means, the mean scan, and the picture of one over the other."""
     mean = np.zeros(run.grid.shape)
     for fold in range(run.k):
         mean += utils.load_map(folder / f"map_f{fold}.nii.gz") / run.k
     utils.save_map(mean, run.grid.header, folder / "map_all.nii.gz")
     background = scans.mean(range(len(scans)))
+    utils.save_map(background, run.grid.header, folder / "mean_scan.nii.gz")
     utils.save_map_figure(mean, background, run.grid.affine, title, folder / "map_all.png")
 
 
@@ -295,7 +263,14 @@ def method_options(method: str, given: dict[str, Any]) -> dict[str, Any]:
     if given["baseline"] == "controls" and method != "IG":
         raise utils.InputError(f"--baseline controls: only IG has a baseline, {method} has none")
     own = {"IG": ("steps", "baseline"), "LRP": ("beta",), "GGC": ()}[method]
-    return {name: given[name] for name in ("target", "save_subjects", *own)}
+    seed = ("seed",) if given["weights"] == "random" else ()
+    return {name: given[name] for name in ("target", "save_subjects", "weights", *seed, *own)}
+
+
+def folder_name(method: str, options: dict[str, Any]) -> str:
+    """The folder of a method's maps: METHOD, with -controls and -random where they are such."""
+    controls = "-controls" if options.get("baseline") == "controls" else ""
+    return f"{method}{controls}{'-random' if options['weights'] == 'random' else ''}"
 
 
 def read_subjects(folder: Path) -> pd.DataFrame:
@@ -318,16 +293,15 @@ def save_rows(folder: Path, fold: int, rows: pd.DataFrame, digest: str) -> None:
         utils.write_json(record, folder / "map.json")
 
 
-def finished_folds(folder: Path, run: Run, modelpath: Path) -> list[int]:
-    """The folds whose map was made with the weights that are there now."""
+def finished_folds(folder: Path, weights: dict[int, str]) -> list[int]:
+    """The folds whose map was made with the weights that are there now, from `digests`."""
     made = utils.read_json(folder / "map.json")["weights_sha256"]
     known = set(read_subjects(folder)["fold"])
-    finished = []
-    for fold in known & set(range(run.k)):
-        weights = run.checkpoint(modelpath, fold)
-        if weights.exists() and (folder / f"map_f{fold}.nii.gz").exists():
-            finished += [fold] if made.get(str(fold)) == utils.sha256(weights) else []
-    return finished
+    return [
+        fold
+        for fold, digest in weights.items()
+        if fold in known and made.get(str(fold)) == digest and (folder / f"map_f{fold}.nii.gz").exists()
+    ]
 
 
 def summary(subjects: pd.DataFrame) -> str:
@@ -348,10 +322,11 @@ def main(argv: list[str] | None = None) -> int:
     utils.hold_memory()
     device = utils.resolve_device(args.device)
     options = method_options(args.method, vars(args))
-    run = find_run(args.modelpath, args.path, args.model, args.fold)
+    run = runs.find_run(args.modelpath, args.path, args.model, args.fold)
     chosen = utils.choose_folds(args.run_folds, run.k)
-    digests = check_weights(run, args.modelpath, chosen)
-    name = f"{args.method}-controls" if options.get("baseline") == "controls" else args.method
+    check_weights(run, args.modelpath, chosen, args.weights)
+    weights = digests(run, args.modelpath, args.weights, args.seed)
+    name = folder_name(args.method, options)
     folder = args.outpath / name
     identity = {"method": args.method, "options": options, "model": run.model, "folds": run.k}
     identity |= {"csv_sha256": utils.sha256(run.csv), "grid": run.grid.record()}
@@ -362,16 +337,15 @@ def main(argv: list[str] | None = None) -> int:
     if not found:
         record = identity | {"csv": str(run.csv), "modelpath": str(args.modelpath.resolve())}
         utils.write_json(record | {"versions": utils.versions(), "weights_sha256": {}}, folder / "map.json")
-    model = models.build_model(run.model, run.grid.shape)
     for fold in chosen:
-        if fold in finished_folds(folder, run, args.modelpath):
+        if fold in finished_folds(folder, weights):
             print(f"fold {fold}: explained before, kept")
             continue
-        models.load_weights(model, run.checkpoint(args.modelpath, fold), device)
+        model = load_fold(run, args.modelpath, fold, args.weights, args.seed, device)
         rows = map_fold(model, run, scans, fold, args.method, options, args.batch, folder)
-        save_rows(folder, fold, rows, digests[fold])
+        save_rows(folder, fold, rows, weights[fold])
 
-    missing = set(range(run.k)) - set(finished_folds(folder, run, args.modelpath))
+    missing = set(range(run.k)) - set(finished_folds(folder, weights))
     if missing:
         print(f"not explained yet, or with other weights: folds {sorted(missing)}; map_all follows the last")
         return 0

@@ -76,15 +76,10 @@ def new_training(
     name: str, grid: dataset.Grid, device: torch.device, lr: float, wd: float, seed: int, fold: int
 ) -> tuple[models.CNN3d, torch.optim.Optimizer]:
     """An untrained network and its optimiser; the weights depend on the seed and the fold alone."""
-    utils.seed_everything(fold_seed(seed, fold))
+    utils.seed_everything(utils.fold_seed(seed, fold))
     model = models.build_model(name, grid.shape).to(device)
     model = model.to(memory_format=torch.channels_last_3d)  # type: ignore[call-overload]
     return model, torch.optim.Adam(model.parameters(), lr=lr, weight_decay=wd)
-
-
-def fold_seed(seed: int, fold: int) -> int:
-    """A seed of a fold's own, so that a fold comes out the same whichever others are run."""
-    return int(np.random.SeedSequence([seed, fold]).generate_state(1)[0])
 
 
 def make_loader(
@@ -97,7 +92,7 @@ def make_loader(
         Subset(scans, rows),
         batch,
         shuffle=shuffle,
-        generator=torch.Generator().manual_seed(fold_seed(seed, fold)) if shuffle else None,
+        generator=torch.Generator().manual_seed(utils.fold_seed(seed, fold)) if shuffle else None,
         # scans kept in memory are at hand; a process between would only copy them once more
         num_workers=0 if scans.in_memory else workers,
         pin_memory=torch.cuda.is_available(),

@@ -158,6 +158,11 @@ def seed_everything(seed: int) -> None:
     torch.backends.cudnn.benchmark = False
 
 
+def fold_seed(seed: int, fold: int) -> int:
+    """A seed of a fold's own, so that a fold comes out the same whichever others are run."""
+    return int(np.random.SeedSequence([seed, fold]).generate_state(1)[0])
+
+
 # Whole files -------------------------------------------------------------------------------------
 
 

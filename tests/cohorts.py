@@ -112,3 +112,7 @@ def only_error(captured: str) -> str:
     assert captured.startswith("error: "), captured
     assert captured.count("\n") == 1, captured
     return captured
+
+
+def white(shape: tuple[int, ...], seed: int) -> np.ndarray:
+    return np.random.default_rng(seed).standard_normal(shape).astype(np.float32)

@@ -144,6 +144,8 @@ def test_defaults_are_the_specified_ones():
         "batch": 1,
         "run_folds": None,
         "target": "label",
+        "weights": "trained",
+        "seed": 0,
         "steps": 100,
         "baseline": "zero",
         "beta": 0.5,
@@ -155,6 +157,7 @@ def test_defaults_are_the_specified_ones():
 @pytest.mark.parametrize("method", METHODS)
 def test_these_files_and_no_others(maps, method):
     names = {"map_f0.nii.gz", "map_f1.nii.gz", "map_all.nii.gz", "map_all.png", "subjects.csv", "map.json"}
+    names.add("mean_scan.nii.gz")
     found = set(contents(maps / method))
     assert {name for name in found if not name.startswith("subjects/")} == names
     assert len(found) == len(names) + 12
@@ -170,7 +173,7 @@ def test_each_method_has_its_own_folder(maps):
 def test_maps_lie_where_the_scans_lie(maps, csv, method):
     scan = read_nifti(csv.parent / "scans" / "000.nii")
     files = sorted((maps / method).rglob("*.nii.gz"))
-    assert len(files) == 15
+    assert len(files) == 16
     for file in files:
         found = read_nifti(file)
         assert found.shape == SHAPE
@@ -345,6 +348,51 @@ def test_baseline_of_controls(run, csv, tmp_path):
         rise = logits_of(run, csv, table) - network(baseline).double().numpy()
     check_residual(table, rise[np.arange(len(table)), table["target"]])
     assert json.loads((folder / "map.json").read_text())["options"]["baseline"] == "controls"
+
+
+def test_mean_scan(maps, csv):
+    scans = [dataset.read_scan(path).astype(float) for path in sorted((csv.parent / "scans").iterdir())]
+    found = read_values(maps / "LRP" / "mean_scan.nii.gz")
+    assert np.allclose(found, np.mean(scans, axis=0), rtol=0, atol=2**-24)  # rounded to float32, below 1
+
+
+def untrained(seed: int, fold: int) -> models.CNN3d:
+    utils.seed_everything(utils.fold_seed(seed, fold))
+    return models.build_model(MODEL, SHAPE).eval()
+
+
+def test_random_weights(run, csv, tmp_path, capsys):
+    """Each fold's test scans, explained by a network as it is before training; no checkpoint is read."""
+    bare = tmp_path / "run"
+    bare.mkdir()
+    for name in ("run.json", "folds.csv"):
+        shutil.copy(run / name, bare)
+    options = ["--weights", "random", "--seed", "3", "--save-subjects"]
+    assert explain("LRP", bare, tmp_path, *options) == 0
+    folder = tmp_path / "LRP-random"
+    table = read_table(folder / "subjects.csv")
+    assert len(table) == 12
+    for fold in range(K):
+        row = table[table["fold"] == fold].iloc[0]
+        volume = load_volume(csv.parent / row["path"])
+        direct = lrp(untrained(3, fold), volume, torch.tensor([int(row["label"])]))[0, 0].numpy()
+        first = subject_maps(folder, table, fold)[0]
+        assert np.allclose(first, direct, rtol=1e-5, atol=1e-6 * np.abs(direct).max())
+    assert not np.allclose(
+        untrained(3, 0).features[0].weight.detach(), untrained(3, 1).features[0].weight.detach()
+    )
+    capsys.readouterr()
+    assert explain("LRP", bare, tmp_path, *options) == 0
+    assert capsys.readouterr().out.count("explained before, kept") == K
+    assert explain("LRP", bare, tmp_path, "--weights", "random", "--seed", "4", "--save-subjects") == 2
+    assert "seed (3 there, 4 now)" in only_error(capsys.readouterr().err)
+
+
+def test_random_weights_of_controls_have_a_folder_of_their_own(run, tmp_path):
+    assert (
+        explain("IG", run, tmp_path, "--weights", "random", "--baseline", "controls", "--run-folds", "0") == 0
+    )
+    assert {path.name for path in tmp_path.iterdir()} == {"IG-controls-random"}
 
 
 # Going on, starting again ------------------------------------------------------------------------

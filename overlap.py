@@ -1,0 +1,359 @@
+"""Compare the maps of every method with a reference map: Dice overlap, its floors and intervals.
+
+    python3 overlap.py --maps heatmaps --reference truth.nii.gz --mask mask.nii.gz
+
+Takes every METHOD folder under --maps that heatmap.py or svm.py wrote, every fold and the mean of all
+folds, at every --smooth. Beside each Dice stand what a random map as smooth as this one, an edge filter
+and an untrained network (METHOD-random) reach.
+"""
+
+import argparse
+import itertools
+import math
+import re
+import sys
+from pathlib import Path
+from typing import Any
+
+import nibabel as nib
+import numpy as np
+import pandas as pd
+from nilearn.image import check_niimg_3d, resample_img
+from nilearn.image.resampling import BoundingBoxError
+from scipy import ndimage
+
+import dataset
+import utils
+from agreement import (
+    THRESHOLDS,
+    TWIN,
+    Brain,
+    Maps,
+    add_intervals,
+    add_random,
+    dice_curve,
+    random_floor,
+    rank,
+    score_maps,
+)
+
+OUTPUTS = ["overlap.json", "overlap.csv", "overlap_ranked.csv", "overlap.png"]
+# Okabe and Ito's colours, told apart with any kind of colour vision; grey is left to the floors.
+COLOURS = ["#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000"]
+
+
+def get_parser() -> argparse.ArgumentParser:
+    """The options of this command."""
+    parser = utils.ArgumentParser(__doc__)
+    length = utils.number(float, at_least=0)
+    add = parser.add_argument
+    add("--maps", type=Path, default=Path("heatmaps"), metavar="DIR", help="holds the METHOD folders")
+    add("--reference", type=Path, required=True, metavar="NIFTI", help="where the maps should be large")
+    add("--reference-threshold", type=utils.number(float), default=0.0, metavar="X", help="it is above X")
+    add("--mask", type=Path, metavar="NIFTI", help="the brain (default: where the mean scan is above 0)")
+    add(
+        "--smooth",
+        type=length,
+        nargs="+",
+        default=[0, 2, 4, 6, 8, 10, 12],
+        metavar="MM",
+        help="FWHM of |map|",
+    )
+    add("--rank-smooth", type=length, default=8, metavar="MM", help="FWHM of the ranking")
+    add("--outpath", type=Path, metavar="DIR", help="where to write (default: --maps)")
+    add("--seed", type=utils.number(int, at_least=0), default=0, help="of the random maps and intervals")
+    add("--overwrite", action="store_true", help="replace an earlier comparison in --outpath")
+    return parser
+
+
+# Reading -----------------------------------------------------------------------------------------
+
+
+def find_maps(folder: Path) -> dict[tuple[str, str], Path]:
+    """The maps of every METHOD folder by method and fold; the fold is "0" ... "k-1" or "all".
+
+    Raises:
+        utils.InputError: no maps, maps missing, or methods of different cohorts or numbers of folds.
+    """
+    methods = sorted(
+        {file.parent for name in ("map.json", "map_*.nii.gz") for file in folder.glob(f"*/{name}")}
+    )
+    if not methods:
+        raise utils.InputError(
+            f"--maps {folder}: holds no METHOD folder with maps; heatmap.py and svm.py write them"
+        )
+    records = [utils.read_json(m / "map.json") if (m / "map.json").exists() else {} for m in methods]
+    if len({record["csv_sha256"] for record in records if "csv_sha256" in record}) > 1:
+        raise utils.InputError(f"--maps {folder}: the methods' map.json are of different CSVs")
+    folds = {m.name: record.get("folds", _highest(m) + 1) for m, record in zip(methods, records, strict=True)}
+    if len(set(folds.values())) > 1:
+        counts = ", ".join(f"{name} has {k}" for name, k in folds.items())
+        raise utils.InputError(f"--maps {folder}: the methods differ in their number of folds: {counts}")
+    names = {str(fold): f"map_f{fold}.nii.gz" for fold in range(folds[methods[0].name])}
+    names["all"] = "map_all.nii.gz"
+    files = {(method.name, fold): method / name for method in methods for fold, name in names.items()}
+    missing = [str(file) for file in files.values() if not file.exists()]
+    if missing:
+        raise utils.InputError(f"maps are missing: {', '.join(missing)}")
+    return files
+
+
+def _highest(method: Path) -> int:
+    """The highest fold that a METHOD folder has a map of; -1 where there is none."""
+    found = (re.fullmatch(r"map_f(\d+)\.nii\.gz", file.name) for file in method.iterdir())
+    return max((int(match[1]) for match in found if match), default=-1)
+
+
+def find_mean_scan(folder: Path, methods: list[str]) -> Path:
+    """The mean scan of the first METHOD folder that has one."""
+    places = [folder / method / "mean_scan.nii.gz" for method in methods]
+    found = [place for place in places if place.exists()]
+    if not found:
+        raise utils.InputError(f"{places[0]}: no such file, nor beside the maps of any other method")
+    return found[0]
+
+
+def read_image(file: Path, like: nib.Nifti1Image | None = None) -> nib.Nifti1Image:
+    """Read a 3D image as float32.
+
+    Args:
+        like: an image whose shape and affine it must have.
+
+    Raises:
+        utils.InputError: it is none, or lies elsewhere.
+    """
+    if not file.is_file():
+        raise utils.InputError(f"{file}: no such file")
+    try:
+        image = check_niimg_3d(nib.load(file))  # 4D with a single volume is fine
+        image = nib.Nifti1Image(np.asarray(image.dataobj, dtype=np.float32), image.affine)
+    except (*dataset.UNREADABLE, TypeError) as problem:
+        raise utils.InputError(f"{file}: cannot be read as a 3D NIfTI image ({problem})") from problem
+    if like is not None and not same_grid(image, like):
+        raise utils.InputError(f"{file}: has {grid_of(image)}; the maps have {grid_of(like)}")
+    return image
+
+
+def same_grid(one: nib.Nifti1Image, other: nib.Nifti1Image) -> bool:
+    """Whether two images share shape and affine."""
+    return one.shape == other.shape and np.allclose(one.affine, other.affine, atol=1e-3)
+
+
+def grid_of(image: nib.Nifti1Image) -> str:
+    """An image's shape and affine in words."""
+    return f"{'x'.join(map(str, image.shape))} voxels, affine {image.affine[:3].round(3).tolist()}"
+
+
+def read_mask(file: Path | None, scan: nib.Nifti1Image) -> nib.Nifti1Image:
+    """The brain mask, voxels above 0; by default those of the mean scan."""
+    if file is None:
+        print("no --mask: the voxels where the mean scan is above 0")
+    mask = scan if file is None else read_image(file, like=scan)
+    if not (mask.get_fdata() > 0).any():
+        raise utils.InputError(f"--mask {file or 'by default, the mean scan'}: no voxel is above 0")
+    return mask
+
+
+def read_reference(file: Path, threshold: float, mask: nib.Nifti1Image) -> np.ndarray:
+    """The binary reference at the voxels of a mask, bool (V,); from another grid, by nearest voxel.
+
+    Raises:
+        utils.InputError: it shares no field of view with the mask, has no voxel in it, or fills it.
+    """
+    image = read_image(file)
+    # Its field of view goes along, 1 where there is one, to tell "outside" from "not in the reference".
+    pair = np.stack([image.get_fdata() > threshold, np.ones(image.shape)], axis=-1).astype(np.uint8)
+    if not same_grid(image, mask):
+        print(f"{file}: {grid_of(image)}; resampled to the maps' {grid_of(mask)}, nearest voxel")
+        pair = _resample(pair, image.affine, mask)
+    reference, seen = pair[mask.get_fdata() > 0].T > 0  # (V,) each
+    if not seen.any():
+        raise utils.InputError(f"--reference {file}: its field of view does not meet the mask's")
+    if reference.all() or not reference.any():
+        share = "every voxel" if reference.all() else "no voxel"
+        raise utils.InputError(f"--reference {file}: {share} of the mask is above {threshold:g}")
+    print(
+        f"{file}: {reference.sum()} of the mask's {len(reference)} voxels are above {threshold:g}, "
+        f"{int(pair[..., 0].sum()) - reference.sum()} more lie outside the mask"
+    )
+    if not seen.all():
+        print(f"{file}: {(~seen).mean():.1%} of the mask lies outside its field of view, taken as not in it")
+    return reference
+
+
+def _resample(values: np.ndarray, affine: np.ndarray, like: nib.Nifti1Image) -> np.ndarray:
+    """Bring (X, Y, Z, N) values onto another grid by nearest voxel; 0 outside their field of view."""
+    # Zeros around, as for nilearn the field of view ends at the centres of the outermost voxels.
+    padded = np.pad(values, [(1, 1), (1, 1), (1, 1), (0, 0)])
+    image = nib.Nifti1Image(padded, affine @ nib.affines.from_matvec(np.eye(3), [-1, -1, -1]))
+    options = {"interpolation": "nearest", "force_resample": True, "copy_header": True}
+    try:
+        return resample_img(image, like.affine, like.shape, **options).get_fdata()
+    except BoundingBoxError:  # raised on some sides only
+        return np.zeros((*like.shape, values.shape[-1]))
+
+
+def read_maps(files: dict[tuple[str, str], Path], mask: nib.Nifti1Image) -> Maps:
+    """The magnitude of every map at the voxels of a mask, float32."""
+    inside, maps = mask.get_fdata() > 0, {}
+    for key, file in utils.progress(files.items(), desc="reading maps"):
+        maps[key] = np.abs(read_image(file, like=mask).get_fdata(dtype=np.float32)[inside])
+        if not np.isfinite(maps[key]).all():
+            raise utils.InputError(f"{file}: has voxels in the mask that are NaN or infinite")
+    return maps
+
+
+# The ranking -------------------------------------------------------------------------------------
+
+
+def ranking_text(ranked: pd.DataFrame) -> str:
+    """The ranking as people read it."""
+
+    def interval(mean: str, name: str) -> list[str]:
+        ends = zip(ranked[mean], ranked[f"{name}_low"], ranked[f"{name}_high"], strict=True)
+        return ["" if math.isnan(m) else f"{m:.3f} [{low:.3f}, {high:.3f}]" for m, low, high in ends]
+
+    columns = {
+        "method": ranked["method"],
+        "Dice": ranked["dice"],
+        "single folds": interval("dice_folds_mean", "dice"),
+        "matched": ranked["dice_matched"],
+        "AUC": ranked["auc"],
+        "AP": ranked["average_precision"],
+        "random": ranked["random_dice"],
+        "edges": ranked["edges_dice"],
+        "minus untrained": interval("minus_untrained", "minus_untrained"),
+        "than the next": ranked["than_the_next"],
+    }
+    return pd.DataFrame(columns).to_string(index=False, float_format="{:.3f}".format, na_rep="")
+
+
+# The figure --------------------------------------------------------------------------------------
+
+
+def save_figure(table: pd.DataFrame, ranked: pd.DataFrame, curves: dict[str, Any], path: Path) -> None:
+    """Draw Dice against threshold, against smoothing, and method by method (PNG).
+
+    Args:
+        table, ranked: the content of overlap.csv and overlap_ranked.csv.
+        curves: `dice_curve` of the mean map of each METHOD and of "edges", smoothed as in `ranked`.
+        path: the PNG to write.
+    """
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    names = [name for name in ranked["method"] if name in curves and name != "edges"]
+    looks = itertools.product(("-", "--", ":"), COLOURS)  # by name, so that a method keeps its colour
+    given = {name: {"color": c, "linestyle": d} for name, (d, c) in zip(sorted(names), looks, strict=False)}
+    styles = {name: given[name] for name in names}
+    styles |= {"edges": {"color": "0.35", "linestyle": "-"}, "random": {"color": "0.35", "linestyle": "--"}}
+    figure, axes = plt.subplots(1, 3, figsize=(15, 5.5), sharey=True, layout="constrained")
+    ranked = ranked.set_index("method")
+    _draw_thresholds(axes[0], curves, ranked, styles)
+    _draw_smoothing(axes[1], table[table["fold"] == "all"], styles)
+    _draw_bars(axes[2], names, ranked, styles)
+    known: dict[str, Any] = {}
+    for axis in axes[[1, 0, 2]]:
+        axis.spines[["top", "right"]].set_visible(False)
+        known |= {label: handle for handle, label in zip(*axis.get_legend_handles_labels(), strict=True)}
+    axes[0].set(ylabel="Dice with the reference", ylim=(0, None))
+    figure.legend(known.values(), known, loc="outside lower center", ncols=-(-len(known) // 2), frameon=False)
+    with utils.whole_file(path) as partial:
+        figure.savefig(partial, dpi=150)
+    plt.close(figure)
+
+
+def _draw_thresholds(axis: Any, curves: dict[str, Any], ranked: pd.DataFrame, styles: dict[str, Any]) -> None:
+    """Dice of the mean maps against the threshold."""
+    for name in [name for name in styles if name in curves]:
+        thresholds, dice = curves[name]
+        axis.plot(100 * thresholds / (thresholds[-1] or 1), dice, **styles[name])
+    axis.axhline(ranked.loc["random", "dice"], **styles["random"])
+    axis.axhline(ranked["dice_floor"].max(), color="0.35", linestyle=":", label="whole brain")
+    axis.set_xlabel("threshold (% of the map's largest value)")
+    axis.set_title(f"A   every threshold, {ranked['fwhm_mm'].iloc[0]:g} mm FWHM", loc="left")
+
+
+def _draw_smoothing(axis: Any, table: pd.DataFrame, styles: dict[str, Any]) -> None:
+    """Best Dice of the mean maps against the smoothing, and the intervals over single folds, side by side."""
+    apart = 0.012 * np.ptp(table["fwhm_mm"])
+    for place, (name, style) in enumerate(styles.items()):
+        rows = table[table["method"] == name]
+        label = {"edges": "edge filter", "random": "random map, 95th percentile"}.get(name, name)
+        axis.plot(rows["fwhm_mm"], rows["dice"], marker="o", markersize=4, label=label, **style)
+        beside = rows["fwhm_mm"] + apart * (place - (len(styles) - 3) / 2)
+        axis.vlines(beside, rows["dice_low"], rows["dice_high"], style["color"], linewidth=3, alpha=0.45)
+    axis.set_xlabel("smoothing of |map| (FWHM, mm)")
+    axis.set_title("B   best threshold, every smoothing; bars: single folds", loc="left")
+
+
+def _draw_bars(axis: Any, names: list[str], ranked: pd.DataFrame, styles: dict[str, Any]) -> None:
+    """Best Dice of the mean map of each METHOD and of its untrained twin, and of single folds."""
+    untrained = {"facecolor": "white", "hatch": "////"}
+    for place, method in enumerate(names):
+        twins = [name for name in (method, method + TWIN) if name in ranked.index]
+        for name, x in zip(twins, place + 0.4 * (np.arange(len(twins)) - (len(twins) - 1) / 2), strict=True):
+            row, colour = ranked.loc[name], styles[method]["color"]
+            look = untrained if name.endswith(TWIN) else {"facecolor": colour, "alpha": 0.75}
+            axis.bar(x, row["dice"], 0.36, edgecolor=colour, **look)
+            axis.hlines(row["random_dice"], x - 0.18, x + 0.18, **styles["random"])
+            low, mean, high = row["dice_low"], row["dice_folds_mean"], row["dice_high"]
+            label, ends = "single folds: mean, 95 % interval", [[mean - low], [high - mean]]
+            axis.errorbar(x, mean, ends, fmt="o", color="black", markersize=3, capsize=3, lw=1, label=label)
+    if any(name.endswith(TWIN) for name in ranked.index):
+        axis.bar(0, 0, edgecolor="0.35", label="untrained network", **untrained)
+    axis.axhline(ranked.loc["edges", "dice"], **styles["edges"])
+    axis.set_xticks(range(len(names)), names, rotation=30, ha="right")
+    axis.set_title(f"C   best threshold, {ranked['fwhm_mm'].iloc[0]:g} mm FWHM", loc="left")
+
+
+@utils.command
+def main(argv: list[str] | None = None) -> int:
+    """Read and check everything, score maps and floors, add the intervals, rank, write."""
+    args = get_parser().parse_args(argv)
+    files = find_maps(args.maps)
+    means = {method: file for (method, fold), file in files.items() if fold == "all"}
+    scan_file = find_mean_scan(args.maps, list(means))
+    scan = read_image(scan_file, like=read_image(next(iter(means.values()))))
+    mask = read_mask(args.mask, scan)
+    reference = read_reference(args.reference, args.reference_threshold, mask)
+    levels = sorted({*args.smooth, args.rank_smooth})
+    inputs = {"reference": args.reference, "mask": args.mask or scan_file, "mean_scan": scan_file, **means}
+    identity = {name: getattr(args, name) for name in ("reference_threshold", "rank_smooth", "seed")}
+    identity |= {"smooth": levels, "methods": list(means)}
+    identity["sha256"] = {name: utils.sha256(file) for name, file in inputs.items()}
+    folder = args.outpath or args.maps
+    utils.check_folder(folder, "overlap.json", identity, OUTPUTS, args.overwrite)
+    maps = read_maps(files, mask)
+
+    inside = mask.get_fdata() > 0
+    brain = Brain(inside, mask.affine)
+    maps["edges", "all"] = ndimage.gaussian_gradient_magnitude(scan.get_fdata(dtype=np.float32), 1)[inside]
+    table = score_maps(maps, reference, brain, levels)
+    floor = random_floor(reference, brain, table["smoothness_mm"].max(), args.seed)
+    table = add_intervals(add_random(table, floor), args.seed)
+    ranked = rank(table, args.rank_smooth, args.seed)
+    curves = {
+        method: dice_curve(brain.smooth(values, args.rank_smooth), reference)
+        for (method, fold), values in maps.items()
+        if fold == "all" and not method.endswith(TWIN)
+    }
+
+    utils.start_folder(folder, OUTPUTS, args.overwrite)
+    utils.write_json(identity | {"versions": utils.versions()}, folder / "overlap.json")
+    utils.write_csv(table, folder / "overlap.csv")
+    utils.write_csv(ranked, folder / "overlap_ranked.csv")
+    save_figure(table, ranked, curves, folder / "overlap.png")
+    print(
+        f"|map| smoothed with {args.rank_smooth:g} mm FWHM, best of {THRESHOLDS} thresholds, "
+        "by the mean map's Dice; single folds: mean [95 % interval]:"
+    )
+    print(ranking_text(ranked))
+    print(f"written to {folder}: {', '.join(OUTPUTS[1:])}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

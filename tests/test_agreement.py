@@ -1,0 +1,350 @@
+"""agreement.py: scores against their definitions, smoothing, floors, intervals and the ranking."""
+
+import math
+
+import nibabel as nib
+import numpy as np
+import pandas as pd
+import pytest
+from cohorts import AFFINE, OBLIQUE, white
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from nilearn.image import smooth_img
+from scipy import ndimage
+from sklearn.metrics import average_precision_score, roc_auc_score
+
+import agreement
+
+SHAPE = (12, 13, 14)
+K = 3
+LEVELS = [0, 3.0, 6.0]
+METHODS = ["GGC", "IG", "IG-random", "SVM"]
+COLUMNS = ["method", "fold", "fwhm_mm", "dice", "threshold", "percent_of_max", "dice_floor", "dice_matched"]
+COLUMNS += ["auc", "average_precision"]
+
+
+# Scores ------------------------------------------------------------------------------------------
+
+
+def plain_dice(taken: list[bool], reference: list[bool]) -> float:
+    """2 TP / (2 TP + FP + FN), voxel by voxel."""
+    pairs = list(zip(taken, reference, strict=True))
+    tp = sum(a and b for a, b in pairs)
+    return 2 * tp / (2 * tp + sum(a and not b for a, b in pairs) + sum(b and not a for a, b in pairs))
+
+
+def plain_curve(values: np.ndarray, reference: np.ndarray) -> tuple[list[float], list[float]]:
+    low, high = float(values.min()), float(values.max())
+    thresholds = [low + i * (high - low) / 49 for i in range(49)] + [high]
+    return thresholds, [plain_dice([v >= t for v in values], list(reference)) for t in thresholds]
+
+
+def plain_matched(values: np.ndarray, reference: np.ndarray) -> float:
+    """Mean share of the reference among the k largest voxels, over every way to order tied voxels."""
+    k = int(reference.sum())
+    cut = sorted(values)[-k]
+    tied = [bool(r) for v, r in zip(values, reference, strict=True) if v == cut]
+    above = [bool(r) for v, r in zip(values, reference, strict=True) if v > cut]
+    # each of the tied voxels is drawn equally often
+    return (sum(above) + (k - len(above)) * sum(tied) / len(tied)) / k
+
+
+def check_scores(values: np.ndarray, reference: np.ndarray) -> dict[str, float]:
+    found = agreement.overlap_scores(values, reference)
+    thresholds, dice = plain_curve(values, reference)
+    best = max(dice)
+    assert found["dice"] == pytest.approx(best, rel=1e-12)
+    assert found["threshold"] == pytest.approx(thresholds[dice.index(best)], rel=1e-12, abs=1e-12)
+    assert found["dice_floor"] == pytest.approx(2 * reference.sum() / (len(values) + reference.sum()))
+    assert found["dice_matched"] == pytest.approx(plain_matched(values, reference), rel=1e-12)
+    pairs = [(p, n) for p in values[reference] for n in values[~reference]]
+    assert found["auc"] == pytest.approx(sum((p > n) + (p == n) / 2 for p, n in pairs) / len(pairs))
+    assert found["auc"] == pytest.approx(roc_auc_score(reference, values), rel=1e-12)
+    assert found["average_precision"] == pytest.approx(average_precision_score(reference, values), rel=1e-12)
+    if values.max() != 0:
+        assert found["percent_of_max"] == pytest.approx(100 * found["threshold"] / values.max())
+    return found
+
+
+# Steps of 49 that are exact in binary put voxels exactly on the thresholds.
+TIED = st.sampled_from([0.0, 1.0, 2.0, 24.0, 24.5, 48.0, 49.0])
+
+
+@settings(max_examples=150, deadline=None)
+@given(st.lists(st.tuples(TIED, st.booleans()), min_size=2, max_size=40))
+def test_scores_by_definition_with_ties(voxels):
+    values, reference = (np.array(column) for column in zip(*voxels, strict=True))
+    if reference.any() and not reference.all():
+        check_scores(values, reference)
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+def test_scores_by_definition_without_ties(dtype):
+    random = np.random.default_rng(0)
+    reference = random.random(500) < 0.1
+    values = (random.random(500) ** 2 + 0.3 * reference).astype(dtype)
+    found = check_scores(values, reference)
+    assert found["dice"] > found["dice_floor"] + 0.1
+
+
+def test_scores_by_hand():
+    # three largest: reference, other, reference; k = 3
+    values = np.array([10.0, 9.0, 8.0, 1.0, 0.0, 0.0])
+    reference = np.array([True, False, True, False, False, True])
+    found = agreement.overlap_scores(values, reference)
+    assert found["dice"] == pytest.approx(4 / 6)  # the three largest; all six give the same: 6 / 9
+    assert found["dice_floor"] == pytest.approx(6 / 9)
+    assert found["threshold"] == 0  # the lowest of equals
+    assert found["dice_matched"] == pytest.approx(2 / 3)
+    # pairs won by 10: 3, by 8: 2, by 0: 0.5, of 9
+    assert found["auc"] == pytest.approx(5.5 / 9)
+    assert found["average_precision"] == pytest.approx((1 / 1 + 2 / 3 + 3 / 6) / 3)
+
+
+@pytest.mark.parametrize("value", [0.0, 3.5])
+def test_constant_map_says_nothing(value):
+    reference = np.arange(40) < 10
+    found = agreement.overlap_scores(np.full(40, value, np.float32), reference)
+    assert found["dice"] == found["dice_floor"] == pytest.approx(20 / 50)
+    assert found["dice_matched"] == found["average_precision"] == pytest.approx(10 / 40)
+    assert found["auc"] == 0.5
+    assert math.isnan(found["percent_of_max"]) if value == 0 else found["percent_of_max"] == 100
+
+
+def test_perfect_map():
+    reference = np.arange(50) % 7 == 0
+    found = agreement.overlap_scores(reference.astype(np.float32), reference)
+    assert [found[name] for name in ("dice", "dice_matched", "auc", "average_precision")] == [1, 1, 1, 1]
+
+
+def test_curve_is_what_the_best_is_taken_from():
+    values, reference = np.random.default_rng(3).random(200), np.arange(200) % 9 == 0
+    thresholds, dice = agreement.dice_curve(values, reference)
+    expected = plain_curve(values, reference)
+    assert len(thresholds) == 50
+    assert np.allclose(thresholds, expected[0], rtol=1e-12)
+    assert np.allclose(dice, expected[1], rtol=1e-12)
+
+
+# Smoothing ---------------------------------------------------------------------------------------
+
+
+def smoothed(values: np.ndarray, fwhm: float, affine: np.ndarray) -> np.ndarray:
+    """A volume smoothed with every voxel inside the mask."""
+    mask = np.ones(values.shape, bool)
+    return agreement.Brain(mask, affine).smooth(values.ravel(), fwhm).reshape(values.shape)
+
+
+@pytest.mark.parametrize("affine", [AFFINE, OBLIQUE])
+def test_smoothing_is_in_mm_along_every_axis(affine):
+    shape, fwhm = (41, 33, 49), 7.0
+    impulse = np.zeros(shape, np.float32)
+    centre = tuple(n // 2 for n in shape)
+    impulse[centre] = 1
+    found = smoothed(impulse, fwhm, affine)
+    for axis, size in enumerate((1.5, 2, 1.25)):
+        line = found[tuple(slice(None) if a == axis else c for a, c in enumerate(centre))].astype(float)
+        distance = size * (np.arange(shape[axis]) - centre[axis])
+        sd = math.sqrt((line * distance**2).sum() / line.sum())
+        # the sampled Gaussian, cut at 4 sd and (off the axis) divided by a weight of nearly one
+        assert sd * math.sqrt(8 * math.log(2)) == pytest.approx(fwhm, rel=5e-3)
+
+
+def test_smoothing_is_the_weighted_mean_of_the_mask():
+    """Against a double loop over the voxels of a ragged mask that touches the grid's border."""
+    shape, fwhm = (5, 6, 7), 4.0
+    random = np.random.default_rng(0)
+    mask = random.random(shape) < 0.6
+    values = random.random(mask.sum()).astype(np.float32)
+    places = np.argwhere(mask) * nib.affines.voxel_sizes(AFFINE)
+    found = agreement.Brain(mask, AFFINE).smooth(values, fwhm)
+    for i, place in enumerate(places):
+        weight = np.exp(-4 * math.log(2) * ((places - place) ** 2).sum(1) / fwhm**2)
+        # scipy cuts the kernel at 4 sd, which leaves out less than 1e-4 of it per axis
+        assert found[i] == pytest.approx((weight * values).sum() / weight.sum(), rel=2e-3)
+
+
+def test_smoothing_agrees_with_nilearn_away_from_the_edge():
+    values = np.random.default_rng(1).random((20, 18, 22)).astype(np.float32)
+    found, plain = smoothed(values, 4, AFFINE), smooth_img(nib.Nifti1Image(values, AFFINE), 4).get_fdata()
+    inner = (slice(6, -6),) * 3
+    assert np.allclose(found[inner], plain[inner], rtol=1e-5)
+
+
+def test_nothing_leaks_in_from_outside_the_mask_and_constants_stay():
+    mask = np.zeros(SHAPE, bool)
+    mask[2:9, 3:11, 4:12] = True
+    brain = agreement.Brain(mask, AFFINE)
+    assert np.allclose(brain.smooth(np.full(mask.sum(), 2.5, np.float32), 9), 2.5, rtol=1e-5)
+    assert brain.mask.shape == (7, 8, 8)
+    same = np.arange(mask.sum(), dtype=np.float32)
+    assert np.array_equal(brain.smooth(same, 0), same)
+
+
+@pytest.mark.parametrize("fwhm", [4.0, 7.0])
+def test_smoothness_of_smoothed_noise_is_recovered_in_mm(fwhm):
+    field = white((60, 60, 60), 0)
+    for axis, size in enumerate((1.5, 2, 1.25)):
+        field = ndimage.gaussian_filter1d(field, fwhm / size / math.sqrt(8 * math.log(2)), axis, mode="wrap")
+    mask = np.zeros(field.shape, bool)
+    mask[5:55, 8:58, 3:50] = True
+    found = agreement.Brain(mask, AFFINE).smoothness(field[mask])
+    assert found == pytest.approx(fwhm, rel=0.06)  # sampling error of one field of this size: about 2 %
+
+
+def test_smoothness_ignores_what_lies_outside_the_mask():
+    mask = white((16, 16, 16), 1) > -0.5
+    ramp = np.add.outer(np.add.outer(np.arange(16.0), np.arange(16.0)), np.arange(16.0)).astype(np.float32)
+    brain = agreement.Brain(mask, np.eye(4))
+    values = ramp[mask]
+    # every neighbouring pair differs by 1, so that all three axes have the same correlation
+    correlation = 1 - 1 / (2 * values.var(dtype=float))
+    assert brain.smoothness(values) == pytest.approx(
+        math.sqrt(-2 * math.log(2) / math.log(correlation)), rel=1e-4
+    )
+
+
+def test_smoothness_of_extremes():
+    brain = agreement.Brain(np.ones((10, 10, 10), bool), np.eye(4))
+    assert math.isnan(brain.smoothness(np.full(1000, 4.7, np.float32)))
+    board = np.indices((10, 10, 10)).sum(0) % 2
+    assert brain.smoothness(board.ravel().astype(np.float32)) == 0
+
+
+# Floors ------------------------------------------------------------------------------------------
+
+
+def blobs() -> tuple[np.ndarray, np.ndarray]:
+    """An ellipsoid mask and two balls in it."""
+    x, y, z = np.indices((20, 22, 18))
+    mask = ((x - 9.5) / 10) ** 2 + ((y - 10.5) / 11) ** 2 + ((z - 8.5) / 9) ** 2 < 1
+    balls = [(x - a) ** 2 + (y - 10) ** 2 + (z - 8) ** 2 <= 6 for a in (5, 14)]
+    return mask, balls[0] | balls[1]
+
+
+@pytest.mark.parametrize("fwhm", [0.0, 6.0])
+def test_random_maps_exceed_their_floor_one_time_in_twenty(fwhm):
+    """Signed white noise, its magnitude taken and smoothed as a map's is, judged by its own smoothness."""
+    mask, truth = blobs()
+    brain, reference = agreement.Brain(mask, 2 * np.eye(4)), truth[mask]
+    floor = agreement.random_floor(reference, brain, largest=10, seed=1)
+    exceeded = np.zeros(2)
+    n = 400
+    for draw in range(n):
+        values = brain.smooth(np.abs(white((mask.sum(),), 1000 + draw)), fwhm)
+        found, size = agreement.overlap_scores(values, reference), brain.smoothness(values)
+        for i, score in enumerate(("dice", "dice_matched")):
+            exceeded[i] += found[score] > np.interp(size, floor["smoothness_mm"], floor[score])
+    # 5 %; the percentile is known from 100 draws (sd 2.2 %), the share from 400 (sd 1.1 %)
+    assert np.all((exceeded / n > 0.01) & (exceeded / n < 0.12)), exceeded / n
+
+
+def test_random_floor_rises_with_smoothness_and_reaches_far_enough():
+    mask, truth = blobs()
+    brain, reference = agreement.Brain(mask, 2 * np.eye(4)), truth[mask]
+    floor = agreement.random_floor(reference, brain, largest=9.0, seed=0)
+    assert floor["smoothness_mm"].is_monotonic_increasing
+    assert floor["smoothness_mm"].iloc[0] < 2
+    assert floor["smoothness_mm"].iloc[-1] > 9
+    assert floor["dice"].iloc[-1] > 1.3 * floor["dice"].iloc[0]
+    chance = reference.mean()
+    assert (floor["dice_matched"] > chance).all()
+    assert floor.equals(agreement.random_floor(reference, brain, largest=9.0, seed=0))
+    assert not floor.equals(agreement.random_floor(reference, brain, largest=9.0, seed=1))
+
+
+def test_deep_reference_gains_nothing_from_smoothing_noise():
+    """Zeros smoothed in from outside would make the magnitude of any noise largest deep in the brain."""
+    mask, _ = blobs()
+    deep = ndimage.binary_erosion(mask, iterations=5)
+    brain = agreement.Brain(mask, 2 * np.eye(4))
+    areas = []
+    for draw in range(40):
+        values = brain.smooth(np.abs(white((mask.sum(),), draw)), 12)
+        areas.append(agreement.overlap_scores(values, deep[mask])["auc"])
+    # 40 draws; the mean AUC of plain smoothing is above 0.95 here
+    assert np.mean(areas) == pytest.approx(0.5, abs=4 * float(np.std(areas)) / math.sqrt(40))
+
+
+# Intervals ---------------------------------------------------------------------------------------
+
+
+def test_interval_by_definition():
+    values = np.array([0.1, 0.25, 0.2, 0.4])
+    low, high = agreement.bootstrap_interval(values, seed=0)
+    means = [np.mean(draw) for draw in np.stack(np.meshgrid(*[values] * 4), -1).reshape(-1, 4)]
+    exact = np.percentile(means, [2.5, 97.5])  # all 256 draws
+    assert np.allclose([low, high], exact, atol=0.012)  # one step between neighbouring means
+
+
+def test_interval_has_a_seed():
+    values = np.random.default_rng(0).random((2, 5))
+    first, again, other = (agreement.bootstrap_interval(values, seed) for seed in (0, 0, 1))
+    assert np.array_equal(first, again)
+    assert not np.array_equal(first, other)
+    assert np.allclose(first, other, atol=0.02)
+    assert np.array_equal(agreement.bootstrap_interval(values[1], 0), [first[0][1], first[1][1]])
+
+
+def test_interval_of_equal_folds_has_no_width():
+    low, high = agreement.bootstrap_interval(np.full(5, 0.25), seed=3)
+    assert low == high == 0.25
+
+
+def scored(dice: dict[str, list[float]], means: dict[str, float]) -> pd.DataFrame:
+    """A table of one smoothing: Dice of the folds and of the mean map by method, and an edge filter."""
+    rows = [
+        {"method": method, "fold": str(fold), "fwhm_mm": 8, "dice": value, "dice_matched": value / 2}
+        for method, values in dice.items()
+        for fold, value in enumerate(values)
+    ]
+    rows += [
+        {"method": method, "fold": "all", "fwhm_mm": 8, "dice": value, "dice_matched": value / 2}
+        for method, value in {**means, "edges": 0.05}.items()
+    ]
+    return pd.DataFrame(rows)
+
+
+FOLDS = {
+    "A": [0.50, 0.60, 0.40, 0.55, 0.45],
+    "B": [0.48, 0.57, 0.38, 0.52, 0.44],  # overlaps with A, and is below it in every fold
+    "C": [0.44, 0.60, 0.35, 0.56, 0.40],  # below B on average, but not throughout
+    "A-random": [0.20, 0.10, 0.15, 0.12, 0.30],
+}
+MEANS = {"C": 0.6, "A": 0.8, "B": 0.7, "A-random": 0.65}
+
+
+def test_better_only_where_the_paired_interval_is_above_zero():
+    ranked = agreement.rank(agreement.add_intervals(scored(FOLDS, MEANS), 0), 8, 0).set_index("method")
+    assert list(ranked.index) == ["A", "B", "A-random", "C", "edges"]
+    assert ranked["than_the_next"].fillna("").tolist() == ["better", "not separated", "", "", ""]
+    for name, following in (("A", "B"), ("B", "C")):
+        gain = np.subtract(FOLDS[name], FOLDS[following])
+        low, high = agreement.bootstrap_interval(gain, 0)
+        row = ranked.loc[name, ["difference", "difference_low", "difference_high"]].astype(float)
+        assert np.allclose(row, [gain.mean(), low, high])
+    assert (ranked["edges_dice"] == 0.05).all()
+    # their own intervals overlap: only pairing by fold tells A from B
+    assert ranked["dice_low"]["A"] < ranked["dice_high"]["B"]
+
+
+def test_never_better_where_the_folds_say_the_opposite():
+    means = {"A": 0.6, "B": 0.7}
+    ranked = agreement.rank(agreement.add_intervals(scored({m: FOLDS[m] for m in "AB"}, means), 0), 8, 0)
+    assert ranked["method"].tolist() == ["B", "A", "edges"]
+    assert ranked["than_the_next"].fillna("").tolist() == ["not separated", "", ""]
+
+
+def test_gain_over_the_untrained_twin_is_paired():
+    table = agreement.add_intervals(scored(FOLDS, MEANS), 0)
+    table = table[table["fold"] == "all"].set_index("method")
+    gain = np.subtract(FOLDS["A"], FOLDS["A-random"])
+    low, high = agreement.bootstrap_interval(gain, 0)
+    names = ["minus_untrained", "minus_untrained_low", "minus_untrained_high"]
+    assert np.allclose(table.loc["A", names].astype(float), [gain.mean(), low, high])
+    names = [name.replace("untrained", "untrained_matched") for name in names]
+    assert np.allclose(table.loc["A", names].astype(float), [gain.mean() / 2, low / 2, high / 2])
+    assert table.loc[["B", "C", "A-random", "edges"], "minus_untrained"].isna().all()
+    low, high = agreement.bootstrap_interval(np.array(FOLDS["A-random"]), 0)
+    assert np.allclose(table.loc["A-random", ["dice_low", "dice_high"]].astype(float), [low, high])
+    assert table.loc["A-random", "dice_folds_mean"] == pytest.approx(np.mean(FOLDS["A-random"]))

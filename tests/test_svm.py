@@ -1,0 +1,736 @@
+"""svm.py: kernel, machines, maps and tables against dense ones; folds, memory, going on, and mistakes."""
+
+import json
+import shutil
+import tracemalloc
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+from cohorts import AFFINE, contents, only_error, read_nifti, read_values, write_csv, write_scan
+from sklearn.svm import SVC
+
+import dataset
+import metrics
+import models
+import svm
+import train_cv
+import utils
+
+# nilearn, of slices this small that have nothing to show
+pytestmark = pytest.mark.filterwarnings("ignore:Warning. converting a masked element to nan")
+
+SHAPE = (8, 9, 10)
+N = 31
+K = 3
+NAMES = {"map.json", "map_all.nii.gz", "map_all.png", "mean_scan.nii.gz", "predictions.csv", "metrics.csv"}
+NAMES |= {f"{kind}_f{fold}.nii.gz" for kind in ("map", "weights") for fold in range(K)}
+TRAINED = ["--fold", str(K), "--val-fraction", "0.3", "--seed", "1", "--cache", "none", "--device", "cpu"]
+GRID = [10.0**power for power in (-6, -5, -4, -3, -2, -1, 0, 1, 2)]
+
+
+def weak_voxels(seed: int, label: int, shape: tuple[int, ...] = SHAPE, loss: int = 60) -> np.ndarray:
+    """Noise in a black frame, int16; label 1 is a little darker in a corner, so that groups overlap."""
+    values = np.random.default_rng(seed).normal(500, 100, shape).clip(100, 900)
+    values[2:4, 3:6, 4:7] -= loss * label
+    values[:1], values[:, -1:] = 0, 0
+    return values.astype(np.int16)
+
+
+def write_weak_cohort(folder: Path, n: int = N, shape: tuple[int, ...] = SHAPE, loss: int = 60) -> Path:
+    """Scans of both labels in no order; two of one subject, whose name pandas would take for missing."""
+    labels = np.random.default_rng(0).permutation(np.arange(n) % 2)
+    subjects = [f"{i:03d}" for i in range(n)]
+    subjects[1] = subjects[int(np.flatnonzero(labels == labels[1])[-1])] = "NA"
+    rows = []
+    for i, (label, subject) in enumerate(zip(labels, subjects, strict=True)):
+        write_scan(folder / "scans" / f"{i:03d}.nii", weak_voxels(i, label, shape, loss))
+        rows.append((f"scans/{i:03d}.nii", label, subject))
+    return write_csv(folder / "data.csv", rows, header="path,label,subject")
+
+
+@pytest.fixture(scope="module", autouse=True)
+def few_draws():
+    """Bootstrap intervals of a few draws, for speed."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(metrics, "DRAWS", 10)
+        yield
+
+
+@pytest.fixture(autouse=True)
+def pictures(monkeypatch) -> list[tuple]:
+    """What the pictures would show; none is drawn within a test (those of `done` are)."""
+    drawn: list[tuple] = []
+
+    def draw(*given):
+        drawn.append(given)
+        given[-1].write_bytes(b"picture")
+
+    monkeypatch.setattr(utils, "save_map_figure", draw)
+    return drawn
+
+
+@pytest.fixture(scope="module")
+def csv(tmp_path_factory) -> Path:
+    """Thirty-one scans and their CSV; read only."""
+    return write_weak_cohort(tmp_path_factory.mktemp("cohort"))
+
+
+def write_run(csv: Path, folder: Path) -> Path:
+    """The record and the folds of train_cv.py, which is interrupted before the first network."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(models, "require_model", lambda *_: None)  # no network takes a grid this small
+        patch.setattr(train_cv, "new_training", interrupt)
+        with pytest.raises(KeyboardInterrupt):
+            train_cv.main(["--path", str(csv), "--outpath", str(folder), *TRAINED])
+    return folder
+
+
+def interrupt(*_, **__):
+    raise KeyboardInterrupt
+
+
+@pytest.fixture(scope="module")
+def run(csv, tmp_path_factory) -> Path:
+    """A training run; read only."""
+    return write_run(csv, tmp_path_factory.mktemp("run") / "models")
+
+
+def train_svm(run: Path, outpath: Path, *options: str) -> int:
+    return svm.main(["--modelpath", str(run), "--outpath", str(outpath), *options])
+
+
+@pytest.fixture(scope="module")
+def done(run, tmp_path_factory) -> Path:
+    """Everything of the run's folds; read only."""
+    folder = tmp_path_factory.mktemp("done")
+    assert train_svm(run, folder) == 0
+    return folder / "SVM"
+
+
+def read_table(path: Path) -> pd.DataFrame:
+    """A CSV as it stands: "NA" is a subject, "007" is not 7; numbers are numbers."""
+    table = pd.read_csv(path, dtype=str, keep_default_na=False)
+    for column in table.columns.difference(["path", "subject", "role"]):
+        table[column] = pd.to_numeric(table[column])
+    return table
+
+
+def record_of(folder: Path) -> dict:
+    return json.loads((folder / "map.json").read_text())
+
+
+# The dense machine that all must equal -----------------------------------------------------------
+
+
+class Dense:
+    """All scans in memory, and the textbook on them."""
+
+    def __init__(self, csv: Path, inside: np.ndarray | None = None) -> None:
+        table = read_table(csv)
+        self.scans = np.stack([dataset.read_scan(csv.parent / path) for path in table["path"]]).astype(float)
+        self.inside = np.ptp(self.scans, axis=0) > 0
+        if inside is not None:
+            self.inside &= inside
+        self.X, self.y = self.scans[:, self.inside], table["label"].to_numpy()  # (N, V), (N,)
+
+    def fit(self, train: np.ndarray, C: float) -> SVC:
+        return SVC(kernel="linear", C=C).fit(self.X[train], self.y[train])
+
+    def pattern(self, train: np.ndarray, machine: SVC) -> np.ndarray:
+        """Covariance of every voxel with the decision value, by numpy, a voxel at a time."""
+        decision = machine.decision_function(self.X[train])
+        return np.array([np.cov(voxel, decision)[0, 1] for voxel in self.X[train].T])
+
+    def choose(self, train: np.ndarray, val: np.ndarray) -> float:
+        """The smallest C of the grid with the most right validation scans, class by class, then pairs."""
+        right = []
+        for C in GRID:
+            decision = self.fit(train, C).decision_function(self.X[val])
+            patients, controls = decision[self.y[val] == 1], decision[self.y[val] == 0]
+            pairs = [(a, b) for a in patients for b in controls]
+            accuracy = (patients > 0).mean() + (controls <= 0).mean()
+            right.append((accuracy, sum(2 * (a > b) + (a == b) for a, b in pairs)))
+        return GRID[right.index(max(right))]
+
+
+def members(folds: pd.DataFrame, fold: int, role: str) -> np.ndarray:
+    """The rows of the CSV that have a role in a fold."""
+    return np.flatnonzero(folds.loc[folds["fold"] == fold, "role"] == role)
+
+
+def near(found: np.ndarray, expected: np.ndarray) -> bool:
+    """Within 1e-6 of the largest value; what is on disk is rounded to float32, 6e-8."""
+    return np.abs(found - expected).max() <= 1e-6 * np.abs(expected).max()
+
+
+def check_dense(folder: Path, dense: Dense, folds: pd.DataFrame, C: float | None = None) -> None:
+    """Everything in a folder, recomputed densely."""
+    k = folds["fold"].nunique()
+    table = read_table(folder / "predictions.csv")
+    record, patterns = record_of(folder), []
+    for fold in range(k):
+        train, val, test = (members(folds, fold, role) for role in ("train", "val", "test"))
+        chosen = C or dense.choose(train, val)
+        machine = dense.fit(train, chosen)
+        assert record["C_per_fold"][str(fold)] == pytest.approx(chosen)
+        assert record["intercept_per_fold"][str(fold)] == pytest.approx(machine.intercept_[0], rel=1e-6)
+        weights, found = (read_values(folder / f"{kind}_f{fold}.nii.gz") for kind in ("weights", "map"))
+        patterns.append(dense.pattern(train, machine))
+        assert near(weights[dense.inside], machine.coef_[0])
+        assert near(found[dense.inside], patterns[-1])
+        assert not weights[~dense.inside].any()
+        assert not found[~dense.inside].any()
+        decision = machine.decision_function(dense.X[test])
+        mine = table[table["fold"] == fold]
+        assert np.allclose(mine["prob_1"], 1 / (1 + np.exp(-decision)), rtol=0, atol=1e-6)
+        assert mine["predicted"].tolist() == machine.predict(dense.X[test]).tolist()
+    mean = read_values(folder / "map_all.nii.gz")
+    assert near(mean[dense.inside], np.mean(patterns, axis=0))
+    assert not mean[~dense.inside].any()
+
+
+# The kernel --------------------------------------------------------------------------------------
+
+
+def scans_of(csv: Path) -> dataset.Scans:
+    return dataset.Scans(dataset.read_csv(csv))
+
+
+@pytest.mark.parametrize("block", [1, 2, 7, 10, 30, 31, 100])
+@pytest.mark.parametrize("streamed", [1, 3, 4])
+def test_kernel_is_that_of_the_dense_matrix(csv, monkeypatch, block, streamed):
+    dense = Dense(csv)
+    V = dense.X.shape[1]
+    monkeypatch.setattr(svm, "STREAMED", streamed)
+    monkeypatch.setattr(svm, "HELD", (block + streamed) * V)
+    monkeypatch.setattr(svm, "CHUNK", 1000)
+    assert V % (1000 // min(block, N)) != 0
+    found = svm.linear_kernel(scans_of(csv), dense.inside)
+    assert found.dtype == np.float64
+    assert np.allclose(found, dense.X @ dense.X.T, rtol=1e-12, atol=0)
+
+
+def test_kernel_does_not_add_up_in_float32():
+    """One large product and many small ones: float32 would lose every small one."""
+    left = np.full((1, 100_000), 1e-4, np.float32)
+    left[0, 0] = 1e2
+    exact = float(np.float64(left[0, 0]) ** 2 + 99_999 * np.float64(left[0, 1]) ** 2)
+    assert svm.multiply(left, left)[0, 0] == pytest.approx(exact, rel=1e-12)
+
+
+@pytest.mark.parametrize(("N", "size"), [(7, 1), (7, 3), (7, 7), (7, 9), (8, 4)])
+def test_batches_hold_every_row_once(N, size):
+    pieces = svm.batches(range(2, N), size)
+    assert [row for piece in pieces for row in piece] == list(range(2, N))
+    assert all(0 < len(piece) <= size for piece in pieces)
+
+
+# What is written ---------------------------------------------------------------------------------
+
+
+def test_defaults_are_the_specified_ones():
+    args = vars(svm.get_parser().parse_args([]))
+    assert args == {
+        "path": None,
+        "modelpath": Path("models"),
+        "outpath": Path("heatmaps"),
+        "mask": None,
+        "C": None,
+        "fold": None,
+        "split": None,
+        "val_fraction": None,
+        "seed": None,
+        "overwrite": False,
+    }
+    trained = vars(train_cv.get_parser().parse_args(["--path", "data.csv"]))
+    assert {name: trained[name] for name in svm.FOLDING} == svm.FOLDING
+
+
+def test_these_files_and_no_others(done):
+    assert set(contents(done)) == NAMES
+    assert (done / "map_all.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_everything_equals_the_dense_machine_on_the_folds_of_the_run(done, csv, run):
+    check_dense(done, Dense(csv), read_table(run / "folds.csv"))
+    assert len(set(record_of(done)["C_per_fold"].values())) > 1  # so that the choice was put to the test
+
+
+def test_small_blocks_and_many_passes_change_nothing(done, csv, run, tmp_path, monkeypatch):
+    monkeypatch.setattr(svm, "HELD", 8 * np.prod(SHAPE))
+    monkeypatch.setattr(svm, "CHUNK", 37)
+    assert train_svm(run, tmp_path) == 0
+    check_dense(tmp_path / "SVM", Dense(csv), read_table(run / "folds.csv"))
+
+
+def test_c_that_is_given(csv, run, tmp_path, capsys):
+    assert train_svm(run, tmp_path, "--C", "0.37") == 0
+    assert "fold 2: C = 0.37" in capsys.readouterr().out
+    check_dense(tmp_path / "SVM", Dense(csv), read_table(run / "folds.csv"), C=0.37)
+    assert record_of(tmp_path / "SVM")["options"]["C"] == 0.37
+
+
+def test_predictions_list_every_scan_once_by_its_test_fold(done, run):
+    table, folds = read_table(done / "predictions.csv"), read_table(run / "folds.csv")
+    assert list(table.columns) == ["fold", "path", "label", "subject", "prob_1", "predicted"]
+    tests = folds[folds["role"] == "test"]
+    known = ["fold", "path", "label", "subject"]
+    assert table[known].to_numpy().tolist() == tests[known].to_numpy().tolist()
+    assert len(set(table["path"])) == len(table) == N
+    assert (table["subject"] == "NA").sum() == 2
+    assert table["predicted"].tolist() == (table["prob_1"] > 0.5).astype(int).tolist()
+    assert 0 < table["predicted"].sum() < N
+
+
+def test_metrics_are_those_of_the_predictions(run, tmp_path, capsys):
+    assert train_svm(run, tmp_path) == 0
+    expected = metrics.metrics_table(read_table(tmp_path / "SVM" / "predictions.csv"), seed=1)
+    found = pd.read_csv(tmp_path / "SVM" / "metrics.csv", dtype={"fold": str})
+    assert found["fold"].tolist() == ["0", "1", "2", "pooled"]
+    columns = list(expected.columns[1:])
+    assert np.allclose(found[columns].astype(float), expected[columns].astype(float), equal_nan=True)
+    assert metrics.summary(expected) in capsys.readouterr().out
+
+
+def test_choices_are_printed(csv, run, tmp_path, capsys):
+    assert train_svm(run, tmp_path) == 0
+    said = capsys.readouterr().out
+    for fold, C in record_of(tmp_path / "SVM")["C_per_fold"].items():
+        assert f"fold {fold}: C = {C:g}, validation balanced accuracy" in said
+    assert f"voxels: {Dense(csv).inside.sum()} of {np.prod(SHAPE)}" in said
+
+
+def test_maps_lie_where_the_scans_lie(done, csv):
+    scan = read_nifti(csv.parent / "scans" / "000.nii")
+    files = sorted(done.glob("*.nii.gz"))
+    assert len(files) == 2 * K + 2
+    for file in files:
+        found = read_nifti(file)
+        assert found.shape == SHAPE
+        assert np.array_equal(found.affine, AFFINE)
+        assert found.get_data_dtype() == np.float32
+        for name in ("sform_code", "qform_code", "pixdim", "srow_x", "quatern_b", "xyzt_units"):
+            assert np.array_equal(found.header[name], scan.header[name]), name
+        assert np.isfinite(read_values(file)).all()
+
+
+def test_mean_scan_and_picture(csv, run, tmp_path, pictures):
+    assert train_svm(run, tmp_path) == 0
+    mean = Dense(csv).scans.mean(0)
+    assert np.allclose(read_values(tmp_path / "SVM" / "mean_scan.nii.gz"), mean, rtol=0, atol=2**-24)
+    ((pattern, background, affine, title, path),) = pictures
+    assert near(pattern, read_values(tmp_path / "SVM" / "map_all.nii.gz"))
+    assert np.allclose(background, mean, rtol=0, atol=2**-24)
+    assert np.array_equal(affine, AFFINE)
+    assert title.startswith("SVM")
+    assert path.suffix == ".png"
+
+
+def test_record(done, run, csv):
+    record = record_of(done)
+    assert record["method"] == "SVM"
+    folding = {"fold": K, "split": "stratified", "val_fraction": 0.3, "seed": 1}
+    assert record["options"] == {"C": "chosen", **folding}
+    assert record["modelpath"] == str(run.resolve())
+    assert record["csv"] == str(csv.resolve())
+    assert record["csv_sha256"] == utils.sha256(csv)
+    assert record["mask"] is None
+    assert record["versions"] == utils.versions()
+
+
+# The voxels --------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def mask(tmp_path_factory) -> Path:
+    """A third of the voxels, some of the black frame among them; its other values are not above 0."""
+    values = np.random.default_rng(5).choice([-1.0, 0.0, 0.25], size=SHAPE).astype(np.float32)
+    assert (values[0] > 0).any()
+    return write_scan(tmp_path_factory.mktemp("mask") / "mask.nii.gz", values)
+
+
+def test_mask(csv, run, mask, tmp_path):
+    assert train_svm(run, tmp_path, "--mask", str(mask)) == 0
+    dense = Dense(csv, read_values(mask) > 0)
+    assert 0 < dense.inside.sum() < (read_values(mask) > 0).sum() < np.prod(SHAPE)
+    check_dense(tmp_path / "SVM", dense, read_table(run / "folds.csv"))
+    record = record_of(tmp_path / "SVM")
+    assert record["mask"] == str(mask.resolve())
+    assert record["mask_sha256"] == utils.sha256(mask)
+
+
+def test_voxels_that_differ_in_one_scan_are_used(csv, tmp_path):
+    """Default mask: a voxel of the frame that one scan alone fills, whichever it is."""
+    for i in (0, 1, N - 1):
+        folder = Path(shutil.copytree(csv.parent, tmp_path / str(i)))
+        values = weak_voxels(i, 0)
+        values[0, 0, 0] = 50
+        write_scan(folder / "scans" / f"{i:03d}.nii", values)
+        _, varies = svm.survey(scans_of(folder / "data.csv"))
+        assert np.array_equal(varies, Dense(folder / "data.csv").inside)
+        assert varies[0, 0, 0]
+        assert not varies[0, 0, 1]
+
+
+# No run ------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("options", "made"),
+    [
+        ([], (5, "stratified", 0.2, 0)),
+        (["--fold", "4", "--split", "contiguous", "--val-fraction", "0.4", "--seed", "3"],
+         (4, "contiguous", 0.4, 3)),
+    ],
+)  # fmt: skip
+def test_without_a_run_the_folds_are_those_of_training(csv, tmp_path, capsys, options, made):
+    if "contiguous" in options:  # where the scans of one subject must not fall into two blocks
+        rows = [(csv.parent / path, label) for path, label in read_table(csv)[["path", "label"]].to_numpy()]
+        csv = write_csv(tmp_path / "plain.csv", rows, header="path,label")
+    assert train_svm(tmp_path / "none", tmp_path, "--path", str(csv), *options) == 0
+    said = capsys.readouterr().out
+    assert "no run.json" in said
+    assert f"{made[0]} {made[1]} folds" in said
+    k, split, fraction, seed = made
+    folds = dataset.make_folds(dataset.read_csv(csv), k, split, fraction, seed)
+    check_dense(tmp_path / "SVM", Dense(csv), folds)
+    table, tests = read_table(tmp_path / "SVM" / "predictions.csv"), folds[folds["role"] == "test"]
+    known = ["fold", "path", "label", "subject"]
+    assert table[known].to_numpy().tolist() == tests[known].to_numpy().tolist()
+    record = record_of(tmp_path / "SVM")
+    options_there = dict(zip(("C", "fold", "split", "val_fraction", "seed"), ("chosen", *made), strict=True))
+    assert record["options"] == options_there
+    assert record["modelpath"] is None
+
+
+def test_path_and_fold_options_of_the_run_are_fine(csv, run, done, tmp_path):
+    options = ["--path", str(csv), "--fold", "3", "--split", "stratified", "--val-fraction", "0.3"]
+    assert train_svm(run, tmp_path, *options, "--seed", "1") == 0
+    assert (tmp_path / "SVM" / "predictions.csv").read_text() == (done / "predictions.csv").read_text()
+
+
+# No leakage --------------------------------------------------------------------------------------
+
+
+def changed_scan(csv: Path, run: Path, folder: Path, row: int) -> tuple[Path, Path]:
+    """A copy of cohort and run in which one scan is another one; returns CSV and run."""
+    mine = Path(shutil.copytree(csv.parent, folder / "cohort")) / "data.csv"
+    write_scan(mine.parent / "scans" / f"{row:03d}.nii", weak_voxels(1000, 0, loss=0)[:, :, ::-1])
+    return mine, run
+
+
+def maps_of(folder: Path, fold: int) -> np.ndarray:
+    return np.stack([read_values(folder / "SVM" / f"{kind}_f{fold}.nii.gz") for kind in ("map", "weights")])
+
+
+def test_test_scans_have_no_say_in_choice_and_maps(csv, run, done, tmp_path):
+    folds = read_table(run / "folds.csv")
+    row = int(members(folds, 0, "test")[0])
+    mine, run = changed_scan(csv, run, tmp_path, row)
+    assert train_svm(run, tmp_path, "--path", str(mine)) == 0
+    assert record_of(tmp_path / "SVM")["C_per_fold"]["0"] == record_of(done)["C_per_fold"]["0"]
+    assert near(maps_of(tmp_path, 0), maps_of(done.parent, 0))
+    trains = [fold for fold in range(K) if row in members(folds, fold, "train")]
+    assert trains
+    for fold in trains:
+        assert not near(maps_of(tmp_path, fold), maps_of(done.parent, fold))
+
+
+def test_validation_scans_choose_c_and_nothing_else(csv, run, tmp_path):
+    row = int(members(read_table(run / "folds.csv"), 0, "val")[0])
+    mine, run = changed_scan(csv, run, tmp_path, row)
+    assert train_svm(run, tmp_path / "a", "--C", "0.1") == 0
+    assert train_svm(run, tmp_path / "b", "--C", "0.1", "--path", str(mine)) == 0
+    assert near(maps_of(tmp_path / "a", 0), maps_of(tmp_path / "b", 0))
+
+
+def test_ties_go_to_the_smallest_c(tmp_path):
+    """Groups so far apart that every C is right."""
+    csv = write_weak_cohort(tmp_path, loss=400)
+    assert train_svm(tmp_path / "none", tmp_path, "--path", str(csv)) == 0
+    assert set(record_of(tmp_path / "SVM")["C_per_fold"].values()) == {1e-6}
+
+
+def test_balanced_accuracy_comes_first_and_roundings_are_ties(monkeypatch):
+    """AUC decides between equals, the smaller C after that."""
+    accuracies, areas = iter([0.5, 0.7, 0.7 + 1e-15, 0.7]), iter([0.9, 0.7, 0.8, 0.8 + 1e-15])
+    monkeypatch.setattr(svm, "balanced_accuracy_score", lambda *_: next(accuracies))
+    monkeypatch.setattr(svm, "roc_auc_score", lambda *_: next(areas))
+    labels = np.array([0, 1, 0, 1])
+    machine, accuracy, area = svm.fit_best(np.eye(4), labels, [0, 1], [2, 3], [1e-3, 1e-2, 1e-1, 1.0])
+    assert (machine.C, accuracy, area) == (1e-1, 0.7, 0.8)
+
+
+# Memory ------------------------------------------------------------------------------------------
+
+
+def test_memory_does_not_grow_with_the_number_of_scans(tmp_path, monkeypatch):
+    shape, k = (48, 49, 50), 6
+    volume = 4 * np.prod(shape)  # bytes of one scan
+    monkeypatch.setattr(svm, "HELD", 8 * np.prod(shape))
+    monkeypatch.setattr(svm, "CHUNK", 1000)
+    monkeypatch.setattr(svm, "WORKERS", 1)  # scans that are being decoded take memory too
+    peaks = []
+    for n in (20, 20, 50):  # the first call warms up
+        folder = tmp_path / f"{n}-{len(peaks)}"
+        csv = write_weak_cohort(folder, n, shape)
+        tracemalloc.start()
+        assert train_svm(folder / "none", folder, "--path", str(csv), "--fold", str(k), "--C", "1") == 0
+        peaks.append(tracemalloc.get_traced_memory()[1] / volume)
+        tracemalloc.stop()
+    assert peaks[2] - peaks[1] < 2, peaks
+    # 8 held (or 4 of the 12 maps, in float64), the means in float64, one scan coming in or one map going out
+    assert peaks[2] < 24, peaks
+
+
+def test_a_disk_cache_of_the_run_is_read(csv, run, done, tmp_path, capsys):
+    run = Path(shutil.copytree(run, tmp_path / "models"))
+    table = dataset.read_csv(csv)
+    dataset.open_scans(table, dataset.check_grid(table), "disk", run / "cache", 0)
+    before = contents(run)
+    assert train_svm(run, tmp_path) == 0
+    assert "read from" in capsys.readouterr().out
+    assert (tmp_path / "SVM" / "predictions.csv").read_text() == (done / "predictions.csv").read_text()
+    assert contents(run) == before
+
+
+# Going on, starting again ------------------------------------------------------------------------
+
+
+@pytest.fixture
+def copy(done, tmp_path) -> Path:
+    """Finished results, to be changed; returns their --outpath."""
+    shutil.copytree(done, tmp_path / "copy" / "SVM")
+    return tmp_path / "copy"
+
+
+def test_second_call_keeps_everything(copy, run, monkeypatch, capsys):
+    before = contents(copy)
+    monkeypatch.setattr(dataset, "open_scans", interrupt)
+    assert train_svm(run, copy) == 0
+    assert "done before, kept" in capsys.readouterr().out
+    assert contents(copy) == before
+
+
+@pytest.mark.parametrize("name", sorted(NAMES - {"map.json"}))
+def test_lost_file_is_made_again(copy, done, run, name):
+    (copy / "SVM" / name).unlink()
+    assert train_svm(run, copy) == 0
+    assert set(contents(copy / "SVM")) == NAMES
+    if name.endswith(".nii.gz"):
+        assert np.array_equal(read_values(copy / "SVM" / name), read_values(done / name))
+    elif name.endswith(".csv"):
+        assert (copy / "SVM" / name).read_text() == (done / name).read_text()
+
+
+def test_interrupted_call_goes_on(done, run, tmp_path, monkeypatch):
+    with monkeypatch.context() as patch:
+        patch.setattr(svm, "save_means", interrupt)
+        with pytest.raises(KeyboardInterrupt):
+            train_svm(run, tmp_path)
+    assert (tmp_path / "SVM" / "map_f0.nii.gz").exists()
+    assert train_svm(run, tmp_path) == 0
+    assert set(contents(tmp_path / "SVM")) == NAMES
+    assert record_of(tmp_path / "SVM") == record_of(done)
+
+
+def test_other_arguments_are_refused(copy, csv, run, mask, tmp_path, capsys):
+    before = contents(copy)
+    none = ["--path", str(csv), "--modelpath", str(tmp_path / "none")]
+    for options, words in [
+        (["--C", "1"], ["C", "chosen", "1.0"]),
+        (["--mask", str(mask)], ["mask_sha256"]),
+        ([*none, "--fold", "4"], ["fold (3 there, 4 now)"]),
+        ([*none, "--fold", "3", "--val-fraction", "0.3"], ["seed (1 there, 0 now)"]),
+    ]:
+        assert train_svm(run, copy, *options) == 2
+        line = only_error(capsys.readouterr().err)
+        assert all(word in line for word in [*words, "--overwrite"]), line
+    assert contents(copy) == before
+
+
+def test_other_folds_of_the_same_arguments_are_refused(copy, run, tmp_path, capsys):
+    run = Path(shutil.copytree(run, tmp_path / "models"))
+    lines = (run / "folds.csv").read_text().splitlines()
+    swap = {"train": "val", "val": "train"}
+    first = next(i for i, line in enumerate(lines) if line.split(",")[1] in swap)
+    fold, role, rest = lines[first].split(",", 2)
+    lines[first] = ",".join([fold, swap[role], rest])
+    (run / "folds.csv").write_text("\n".join(lines) + "\n")
+    assert train_svm(run, copy) == 2
+    assert "folds_sha256" in only_error(capsys.readouterr().err)
+
+
+def test_overwrite_starts_afresh_and_leaves_other_files(copy, csv, run, tmp_path):
+    (copy / "SVM" / "notes.txt").write_text("mine")
+    options = ["--path", str(csv), "--fold", "2", "--C", "1", "--overwrite"]
+    assert train_svm(tmp_path / "none", copy, *options) == 0
+    gone = {"map_f2.nii.gz", "weights_f2.nii.gz"}
+    assert set(contents(copy / "SVM")) == NAMES - gone | {"notes.txt"}
+
+
+def test_run_is_found_from_its_own_folder(run, done, tmp_path, monkeypatch):
+    shutil.copytree(run, tmp_path / "models")
+    monkeypatch.chdir(tmp_path)
+    assert svm.main([]) == 0
+    found = tmp_path / "heatmaps" / "SVM" / "map_all.nii.gz"
+    assert np.array_equal(read_values(found), read_values(done / "map_all.nii.gz"))
+
+
+# Mistakes ----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        (["--fold", "4"], ["--fold 4", "3"]),
+        (["--split", "contiguous"], ["--split contiguous", "stratified"]),
+        (["--val-fraction", "0.5"], ["--val-fraction 0.5", "0.3"]),
+        (["--seed", "7"], ["--seed 7", "1"]),
+        (["--C", "0"], ["--C", "'0'", "> 0"]),
+        (["--C", "-1"], ["--C", "'-1'"]),
+        (["--C", "nan"], ["--C", "'nan'"]),
+        (["--fold", "1"], ["--fold", "'1'", ">= 2"]),
+        (["--val-fraction", "1"], ["--val-fraction", "'1'"]),
+        (["--split", "random"], ["--split", "stratified", "contiguous"]),
+        (["--path", "none.csv"], ["none.csv", "no such CSV"]),
+        (["--modelpath", "none"], ["--modelpath none", "run.json", "--path"]),
+        (["--mask", "none.nii"], ["--mask none.nii"]),
+    ],
+)
+def test_bad_option(run, tmp_path, capsys, options, words):
+    assert train_svm(run, tmp_path / "out", *options) == 2
+    line = only_error(capsys.readouterr().err)
+    assert all(word in line for word in words), line
+    assert not (tmp_path / "out").exists()
+
+
+def write_mask(kind: str, path: Path) -> None:
+    """A mask that cannot be used."""
+    ones = np.ones(SHAPE, np.uint8)
+    shifted = AFFINE.copy()
+    shifted[0, 3] += 1
+    if kind == "text":
+        path.write_text("no mask")
+    elif kind == "folder":
+        path.mkdir()
+    elif kind == "complex":
+        write_scan(path, ones.astype(np.complex64))
+    elif kind == "damaged":
+        write_scan(path, ones)
+        path.write_bytes(path.read_bytes()[:-100])
+    else:
+        write_scan(
+            path,
+            {"shape": ones[:-1], "4D": np.stack([ones, ones], -1), "empty": 0 * ones, "nan": ones * np.nan,
+             "frame": ones * (np.arange(SHAPE[0]) == 0)[:, None, None].astype(np.uint8)}.get(kind, ones),
+            shifted if kind == "affine" else AFFINE,
+        )  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("kind", "word"),
+    [
+        ("text", "NIfTI"),
+        ("folder", "NIfTI"),
+        ("complex", "real"),
+        ("damaged", "NIfTI"),
+        ("shape", "shape (7, 9, 10), the scans have (8, 9, 10)"),
+        ("4D", "shape (8, 9, 10, 2)"),
+        ("affine", "affine"),
+        ("empty", "empty"),
+        ("nan", "empty"),
+        ("frame", "the same"),
+    ],
+)
+def test_bad_mask(run, tmp_path, capsys, kind, word):
+    write_mask(kind, tmp_path / "mask.nii")
+    assert train_svm(run, tmp_path / "out", "--mask", str(tmp_path / "mask.nii")) == 2
+    line = only_error(capsys.readouterr().err)
+    assert "mask.nii" in line
+    assert word in line
+    assert not (tmp_path / "out").exists()
+
+
+LOST = {
+    "no patients train": (1, "train", [1]),
+    "no controls in val": (2, "val", [0]),
+    "no val": (0, "val", [0, 1]),
+}
+
+
+@pytest.mark.parametrize(
+    ("kind", "words"),
+    [
+        ("run.json", ["run.json"]),
+        ("run.json keys", ["run.json"]),
+        ("no seed", ["run.json", "seed"]),
+        ("folds.csv", ["folds.csv"]),
+        ("no patients train", ["folds.csv", "fold 1", "train", "[0]"]),
+        ("no controls in val", ["fold 2", "val", "[1]"]),
+        ("no val", ["fold 0", "val", "[]"]),
+        ("csv", ["data.csv", "content changed"]),
+    ],
+)
+def test_damaged_run(csv, run, tmp_path, capsys, kind, words):
+    run = Path(shutil.copytree(run, tmp_path / "models"))
+    record, folds = json.loads((run / "run.json").read_text()), read_table(run / "folds.csv")
+    if kind.startswith("run.json"):
+        (run / "run.json").write_text("{}" if kind.endswith("keys") else "{")
+    elif kind == "no seed":
+        del record["arguments"]["seed"]
+        (run / "run.json").write_text(json.dumps(record))
+    elif kind == "folds.csv":
+        (run / "folds.csv").unlink()
+    elif kind == "csv":
+        mine = write_weak_cohort(tmp_path / "cohort")
+        mine.write_text(mine.read_text().replace(",000\n", ",another\n"))
+        (run / "run.json").write_text(json.dumps(record | {"csv": str(mine)}))
+    else:
+        fold, role, labels = LOST[kind]
+        lost = (folds["fold"] == fold) & (folds["role"] == role) & folds["label"].isin(labels)
+        folds.loc[lost, "role"] = "test"
+        folds.to_csv(run / "folds.csv", index=False)
+    assert train_svm(run, tmp_path / "out") == 2
+    line = only_error(capsys.readouterr().err)
+    assert all(word in line for word in words), line
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("rows", "words"),
+    [
+        ([(f"{i:03d}.nii", 0) for i in range(12)], ["folds need", "label 1"]),
+        ([(f"{i:03d}.nii", i % 2) for i in range(6)], ["5 stratified folds need"]),
+        ([(f"{i:03d}.nii", i % 2) for i in range(12)] + [("none.nii", 0)], ["none.nii", "no such file"]),
+        ([(f"{i:03d}.nii", i % 2) for i in range(12)] + [("flat.nii", 0)], ["flat.nii", "constant"]),
+        ([(f"same{i}.nii", i % 2) for i in range(12)], ["data.csv", "scans are all the same"]),
+    ],
+)
+def test_bad_cohort(csv, tmp_path, capsys, rows, words):
+    folder = Path(shutil.copytree(csv.parent / "scans", tmp_path / "cohort"))
+    write_scan(folder / "flat.nii", np.full(SHAPE, 7, np.int16))
+    for i in range(12):
+        shutil.copy(folder / "000.nii", folder / f"same{i}.nii")
+    listed = write_csv(folder / "data.csv", rows)
+    assert train_svm(tmp_path / "none", tmp_path / "out", "--path", str(listed)) == 2
+    line = only_error(capsys.readouterr().err)
+    assert all(word in line for word in words), line
+    assert not (tmp_path / "out").exists()
+
+
+def test_outpath_that_is_a_file(run, tmp_path, capsys):
+    (tmp_path / "out").write_text("mine")
+    assert train_svm(run, tmp_path / "out") == 2
+    assert "--outpath" in only_error(capsys.readouterr().err)
+    assert contents(tmp_path) == {"out": b"mine"}
+
+
+def test_maps_without_a_record_are_not_overwritten(run, tmp_path, capsys):
+    (tmp_path / "SVM").mkdir()
+    (tmp_path / "SVM" / "map_all.nii.gz").write_text("mine")
+    assert train_svm(run, tmp_path) == 2
+    assert "map_all.nii.gz" in only_error(capsys.readouterr().err)
+    assert contents(tmp_path) == {"SVM/map_all.nii.gz": b"mine"}

@@ -68,19 +68,22 @@ class _NormReluPool(torch.autograd.Function):
         offset = -scale * to_bias / count - slope * mean
         won = affine(pooled, slope, offset) + affine(gradient, scale, torch.zeros_like(scale))
         # in place, for the values have served their turn; autograd refuses a second pass over them
-        full = affine(values, slope, offset, out=values)
+        full = affine(values, slope, offset, in_place=values.device.type == "cpu")
         # numbers of 16 bits are put in place as integers: PyTorch would copy the whole grid otherwise
         bits = torch.int16 if values.element_size() == 2 else values.dtype
         full.view(bits).flatten(2).scatter_(2, winners.flatten(2), won.view(bits).flatten(2))
         return full, to_weight, to_bias, None, None, None
 
 
-def affine(values: Tensor, factor: Tensor, offset: Tensor, out: Tensor | None = None) -> Tensor:
+def affine(values: Tensor, factor: Tensor, offset: Tensor, in_place: bool = False) -> Tensor:
     """factor * values + offset, one each (n,) per channel of (B, n, X, Y, Z), in one pass."""
-    zero, one, none = torch.zeros_like(factor), torch.ones_like(factor), factor.new_empty(0)
-    out = torch.empty_like(values) if out is None else out
-    results = (out, none, none)
-    return torch.native_batch_norm(values, factor, offset, zero, one, False, 0.0, 0.0, out=results)[0]
+    zero, one = torch.zeros_like(factor), torch.ones_like(factor)
+    if not in_place:
+        return F.batch_norm(values, zero, one, factor, offset, training=False, eps=0.0)
+    none = factor.new_empty(0)
+    return torch.native_batch_norm(
+        values, factor, offset, zero, one, False, 0.0, 0.0, out=(values, none, none)
+    )[0]
 
 
 def stacked_convolution(volume: Tensor, conv: nn.Conv3d) -> Tensor:

@@ -18,7 +18,7 @@ from nibabel.filebasedimages import ImageFileError
 from nibabel.spatialimages import HeaderDataError
 from sklearn.model_selection import StratifiedKFold, train_test_split
 from torch import Tensor
-from torch.utils.data import Dataset
+from torch.utils.data import DataLoader, Dataset, Subset
 
 import utils
 
@@ -204,7 +204,8 @@ def _report(problems: list[str], total: int) -> None:
 class Scans(Dataset):
     """The scans of a cohort as tensors; item i is (volume, label) of row i.
 
-    volume: float32 (1, X, Y, Z) in [0, 1]; label: int. With a cache every scan is decoded once.
+    volume: float32 (1, X, Y, Z) in [0, 1]; label: int. With a cache every scan is decoded once, and handed
+    out as it lies there, not as a copy.
     """
 
     def __init__(self, table: pd.DataFrame, cached: np.ndarray | None = None) -> None:
@@ -228,7 +229,7 @@ class Scans(Dataset):
         return len(self.files)
 
     def __getitem__(self, i: int) -> tuple[Tensor, int]:
-        volume = read_scan(self.files[i]) if self.cached is None else np.array(self.cached[i])
+        volume = read_scan(self.files[i]) if self.cached is None else self.cached[i]
         return torch.from_numpy(volume).unsqueeze(0), self.labels[i]
 
 
@@ -252,7 +253,7 @@ def open_scans(table: pd.DataFrame, grid: Grid, cache: str, folder: Path, worker
     shape = (len(table), *grid.shape)
     if cache in ("auto", "disk", "reuse") and stored.exists() and stored.stat().st_size == size:
         print(f"scans: {len(table)}, read from {stored}")
-        return Scans(table, np.memmap(stored, np.float32, "r", shape=shape))
+        return Scans(table, np.memmap(stored, np.float32, "c", shape=shape))
     if cache == "auto":
         cache = choose_cache(size, folder)
     where = {"ram": "in memory", "disk": f"in {stored}"}.get(cache, "not cached")
@@ -266,10 +267,26 @@ def open_scans(table: pd.DataFrame, grid: Grid, cache: str, folder: Path, worker
             for place in missing:
                 place.rmdir()
             raise
-        return Scans(table, np.memmap(stored, np.float32, "r", shape=shape))
+        return Scans(table, np.memmap(stored, np.float32, "c", shape=shape))
     store = np.empty(shape, np.float32) if cache == "ram" else None
     _decode(table, store, workers)
     return Scans(table, store)
+
+
+def loader(scans: Scans, rows: list[int], batch: int, workers: int, seed: int | None = None) -> DataLoader:
+    """Batches of some scans: shuffled where there is a seed, else in the order of `rows`.
+
+    `workers` processes read ahead, and what goes to a GPU waits in pinned memory, so that it can be copied
+    while the GPU is busy. Scans kept in memory are at hand; a process between would copy them once more.
+    """
+    return DataLoader(
+        Subset(scans, rows),
+        batch,
+        shuffle=seed is not None,
+        generator=None if seed is None else torch.Generator().manual_seed(seed),
+        num_workers=0 if scans.in_memory else workers,
+        pin_memory=torch.cuda.is_available(),
+    )
 
 
 def _decode(table: pd.DataFrame, store: np.ndarray | None, workers: int) -> None:

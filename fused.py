@@ -13,6 +13,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+SLAB = 4  # rows along the first axis
+
 
 def norm_relu_pool(values: Tensor, norm: nn.BatchNorm3d, pool: nn.MaxPool3d) -> Tensor:
     """pool(relu(norm(values))) in training mode; updates the running statistics of `norm`.
@@ -25,12 +27,32 @@ def norm_relu_pool(values: Tensor, norm: nn.BatchNorm3d, pool: nn.MaxPool3d) -> 
     Returns:
         (B, n, x, y, z), like `values`.
     """
-    mean, variance = torch.batch_norm_update_stats(
-        values.detach(), norm.running_mean, norm.running_var, cast(float, norm.momentum)
-    )
+    mean, variance = statistics(values.detach())
+    count, share = values.numel() // values.shape[1], cast(float, norm.momentum)
+    cast(Tensor, norm.running_mean).lerp_(mean, share)
+    cast(Tensor, norm.running_var).lerp_(variance * (count / (count - 1)), share)
     cast(Tensor, norm.num_batches_tracked).add_(1)
     precision = torch.rsqrt(variance + norm.eps)
     return _NormReluPool.apply(values, norm.weight, norm.bias, mean, precision, cast(int, pool.kernel_size))
+
+
+def statistics(values: Tensor) -> tuple[Tensor, Tensor]:
+    """Mean and variance (not corrected) of every channel of (B, n, X, Y, Z), two (n,).
+
+    PyTorch adds up channels-last values one after the other, which costs digits where a channel has
+    millions of voxels. Slabs are short enough; their moments are put together in float64.
+    """
+    dtype = torch.float64 if values.dtype == torch.float64 else torch.float32
+    moments, counts = [], []
+    for scan in values.split(1):
+        for slab in scan.split(SLAB, 2):
+            moments.append(torch.stack(torch.batch_norm_update_stats(slab, None, None, 0.0)).double())
+            counts.append(slab.numel() // slab.shape[1])
+    means, variances = torch.stack(moments, 1)  # (slabs, n) each
+    share = torch.tensor(counts, dtype=torch.float64, device=values.device).unsqueeze(1) / sum(counts)
+    mean = (share * means).sum(0)
+    variance = (share * (variances + (means - mean) ** 2)).sum(0)
+    return mean.to(dtype), variance.to(dtype)
 
 
 class _NormReluPool(torch.autograd.Function):

@@ -19,7 +19,7 @@ import numpy as np
 import pandas as pd
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Subset
+from torch.utils.data import DataLoader
 
 import dataset
 import models
@@ -38,6 +38,7 @@ METHODS: dict[str, Callable[..., Tensor]] = {
 TARGETS = ("label", "predicted", "0", "1")
 BASELINES = ("zero", "controls")
 WEIGHTS = ("trained", "random")
+WORKERS = 2  # processes or threads that decode scans
 WRITTEN = [
     "map.json",
     "map_f*.nii.gz",
@@ -140,7 +141,7 @@ def map_fold(
             utils.save_map(values, run.grid.header, file)
 
     explain, expected = configure(method, model, run.grid, options, baseline)
-    loader = DataLoader(Subset(scans, rows), batch)
+    loader = dataset.loader(scans, rows, batch, WORKERS)
     mean, about = explain_fold(
         model, loader, explain, expected, options["target"], keep, f"{method} fold {fold}"
     )
@@ -331,7 +332,7 @@ def main(argv: list[str] | None = None) -> int:
     identity = {"method": args.method, "options": options, "model": run.model, "folds": run.k}
     identity |= {"csv_sha256": utils.sha256(run.csv), "grid": run.grid.record()}
     found = utils.check_folder(folder, "map.json", identity, WRITTEN, args.overwrite)
-    scans = dataset.open_scans(run.table, run.grid, "reuse", args.modelpath / "cache", workers=2)
+    scans = dataset.open_scans(run.table, run.grid, "reuse", args.modelpath / "cache", WORKERS)
 
     utils.start_folder(folder, WRITTEN, args.overwrite)
     if not found:

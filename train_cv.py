@@ -18,7 +18,7 @@ import pandas as pd
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, Subset
+from torch.utils.data import DataLoader
 
 import dataset
 import metrics
@@ -86,17 +86,8 @@ def make_loader(
     scans: dataset.Scans, folds: pd.DataFrame, fold: int, role: str, batch: int, workers: int, seed: int
 ) -> DataLoader:
     """Batches of one role of one fold; shuffled for training, else in the CSV's order."""
-    rows = dataset.rows(folds, fold, role)
-    shuffle = role == "train"
-    return DataLoader(
-        Subset(scans, rows),
-        batch,
-        shuffle=shuffle,
-        generator=torch.Generator().manual_seed(utils.fold_seed(seed, fold)) if shuffle else None,
-        # scans kept in memory are at hand; a process between would only copy them once more
-        num_workers=0 if scans.in_memory else workers,
-        pin_memory=torch.cuda.is_available(),
-    )
+    order = utils.fold_seed(seed, fold) if role == "train" else None
+    return dataset.loader(scans, dataset.rows(folds, fold, role), batch, workers, order)
 
 
 def train_fold(

@@ -341,10 +341,21 @@ def test_caches_hold_the_same_tensors(tmp_path, cache):
         volumes = stacked(scans)
         assert volumes.dtype == torch.float32
         assert np.array_equal(volumes.numpy(), expected)
-        volumes.zero_()  # a consumer that writes must not reach the cache
-        scans[0][0].zero_()
+        batch, _ = next(iter(dataset.loader(scans, [0, 1], 2, workers=0)))
+        batch.zero_()  # a consumer of batches that writes must not reach the cache
     assert [scans[i][1] for i in range(len(scans))] == [0, 1] * 3
     assert (len(stored(tmp_path / "cache")) == 1) == (cache == "disk")
+    if cache != "none":  # handed out as it lies there
+        assert np.shares_memory(scans[2][0].numpy(), scans[2][0].numpy())
+
+
+def test_writing_to_a_scan_does_not_reach_the_file(tmp_path):
+    scans = opened(tiny_cohort(tmp_path), "disk", tmp_path / "cache")
+    (file,) = stored(tmp_path / "cache")
+    before = file.read_bytes()
+    scans[0][0].zero_()
+    del scans
+    assert file.read_bytes() == before
 
 
 def test_mean_of_scans(tmp_path):

@@ -456,7 +456,7 @@ def test_ties_go_to_the_smallest_c(tmp_path):
     for fold, C in chosen.items():
         train, val = (members(folds, int(fold), role) for role in ("train", "val"))
         right = [(dense.fit(train, c).predict(dense.X[val]) == dense.y[val]).all() for c in GRID]
-        assert C == pytest.approx(GRID[right.index(True)])
+        assert pytest.approx(C) == GRID[right.index(True)]
         assert all(right[right.index(True) :])
 
 

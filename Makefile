@@ -22,7 +22,7 @@ demo demo-null: .venv/run
 	$(PY) simulate.py --outpath $(DEMO)/cohort $(COHORT) --overwrite
 	$(PY) train_cv.py --path $(DEMO)/cohort/data.csv --outpath $(DEMO)/models $(TRAIN) --overwrite
 	for map in $(MAPS); do for weights in trained random; do \
-	    $(PY) heatmap.py --method $${map%%+*} --baseline $${map##*+} --weights $$weights \
+	    $(PY) heatmap.py --method $${map%%+*} --baseline $${map##*+} --weights $$weights --steps 50 \
 	        --modelpath $(DEMO)/models --outpath $(DEMO)/heatmaps --overwrite || exit; \
 	done; done
 	$(PY) svm.py --modelpath $(DEMO)/models --outpath $(DEMO)/heatmaps --overwrite

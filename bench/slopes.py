@@ -35,7 +35,20 @@ def run(script: str, *options: object) -> tuple[float, float]:
 
 def train(csv: Path, models: Path) -> tuple[float, float]:
     """Two epochs of one fold of two."""
-    options = ["--path", csv, "--outpath", models, "--model", MODEL, "--fold", 2, "--run-folds", 0]
+    options = [
+        "--path",
+        csv,
+        "--outpath",
+        models,
+        "--model",
+        MODEL,
+        "--fold",
+        2,
+        "--run-folds",
+        0,
+        "--val-fraction",
+        0.4,
+    ]
     return run("train_cv.py", *options, "--epochs", 2, "--device", "cpu", "--cache", "none")
 
 

@@ -228,7 +228,7 @@ def compare(
                 "at most": smaller,
                 "difference": np.abs(here - there).max() / np.abs(there).max(),
                 "voxels off": np.mean(np.abs(here - there) > 1e-5 * np.abs(there).max()),
-                "correlation": np.corrcoef(here.ravel(), there.ravel())[0, 1],
+                "1 - correlation": 1 - np.corrcoef(here.ravel().astype(float), there.ravel())[0, 1],
                 "costs": ours.get("costs", ""),
             }
 
@@ -260,7 +260,6 @@ def compare_reading(cohort: Path) -> Iterator[dict[str, float | str]]:
             "ratio": reference / ours,
             "at least": 50,
             "difference": np.abs(here - there).max(),
-            "correlation": np.corrcoef(here.ravel(), there.ravel())[0, 1],
         }
 
 

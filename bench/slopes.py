@@ -19,7 +19,7 @@ from pathlib import Path
 import pandas as pd
 
 SUITE = Path(__file__).resolve().parents[1]
-MODEL, SUBJECTS, STEPS, VOXELS = "modelB8", (10, 20, 40), (25, 50, 100), (2, 1.5, 1)
+MODEL, SUBJECTS, STEPS, VOXELS = "modelB8", (20, 40, 80), (25, 50, 100), (2, 1.5, 1)
 
 
 def run(script: str, *options: object) -> tuple[float, float]:
@@ -69,7 +69,7 @@ def measure(folder: Path) -> Iterator[tuple[object, ...]]:
     for count in SUBJECTS:
         yield "heatmap.py --method LRP, subjects", count / 2, *explain(folder / f"models{count}", "LRP")
     for steps in STEPS:
-        yield "heatmap.py --method IG, steps", steps, *explain(folder / "models10", "IG", "--steps", steps)
+        yield "heatmap.py --method IG, steps", steps, *explain(folder / "models20", "IG", "--steps", steps)
     for voxel in VOXELS:  # in mm
         part = folder / f"voxel{voxel}"
         run("simulate.py", "--outpath", part, "--subjects", 10, "--voxel", voxel)

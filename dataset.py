@@ -1,5 +1,6 @@
 """From a CSV to checked scans, from scans to tensors, and from subjects to folds."""
 
+import functools
 import hashlib
 import os
 import shutil
@@ -228,6 +229,18 @@ class Scans(Dataset):
     def __len__(self) -> int:
         return len(self.files)
 
+    def __getstate__(self) -> dict:
+        """What a process that does not share this one's memory needs: a file's name, not its content."""
+        if not isinstance(self.cached, np.memmap):
+            return vars(self)
+        return vars(self) | {"cached": (self.cached.filename, self.cached.shape)}
+
+    def __setstate__(self, state: dict) -> None:
+        vars(self).update(state)
+        if isinstance(self.cached, tuple):
+            file, shape = self.cached
+            self.cached = np.memmap(file, np.float32, "c", shape=shape)
+
     def __getitem__(self, i: int) -> tuple[Tensor, int]:
         volume = read_scan(self.files[i]) if self.cached is None else self.cached[i]
         return torch.from_numpy(volume).unsqueeze(0), self.labels[i]
@@ -251,7 +264,7 @@ def open_scans(table: pd.DataFrame, grid: Grid, cache: str, folder: Path, worker
     size = 4 * len(table) * prod(grid.shape)
     stored = folder / f"scans-{_cache_key(table, grid)}.float32"
     shape = (len(table), *grid.shape)
-    if cache in ("auto", "disk", "reuse") and stored.exists() and stored.stat().st_size == size:
+    if cache in ("auto", "disk", "reuse") and _is_whole(stored, size):
         print(f"scans: {len(table)}, read from {stored}")
         return Scans(table, np.memmap(stored, np.float32, "c", shape=shape))
     if cache == "auto":
@@ -259,17 +272,10 @@ def open_scans(table: pd.DataFrame, grid: Grid, cache: str, folder: Path, worker
     where = {"ram": "in memory", "disk": f"in {stored}"}.get(cache, "not cached")
     print(f"scans: {len(table)} of {'x'.join(map(str, grid.shape))} voxels, {size / 1e9:.2f} GB, {where}")
     if cache == "disk":
-        missing = [place for place in (folder, *folder.parents) if not place.exists()]
-        try:
-            with utils.whole_file(stored) as path:
-                _decode(table, np.memmap(path, np.float32, "w+", shape=shape), workers)
-        except utils.InputError:
-            for place in missing:
-                place.rmdir()
-            raise
+        _fill_disk(table, stored, size, workers)
         return Scans(table, np.memmap(stored, np.float32, "c", shape=shape))
     store = np.empty(shape, np.float32) if cache == "ram" else None
-    _decode(table, store, workers)
+    _decode(table, (lambda i, volume: None) if store is None else store.__setitem__, workers)
     return Scans(table, store)
 
 
@@ -289,8 +295,42 @@ def loader(scans: Scans, rows: list[int], batch: int, workers: int, seed: int | 
     )
 
 
-def _decode(table: pd.DataFrame, store: np.ndarray | None, workers: int) -> None:
-    """Decode and check every scan, into `store` if there is one."""
+def _is_whole(stored: Path, size: int) -> bool:
+    return stored.exists() and stored.stat().st_size == size
+
+
+def _fill_disk(table: pd.DataFrame, stored: Path, size: int, workers: int) -> None:
+    """Decode every scan into one file; of several processes the first does so, the others wait for it."""
+    folder, ours = stored.parent, ["scans-*.float32"]
+    missing = [place for place in (folder, *folder.parents) if not place.exists()]
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with utils.locked(folder / utils.LOCK):
+            utils.remove_leftovers(folder, ours)
+            if _is_whole(stored, size):
+                return
+            with utils.whole_file(stored) as path:
+                # written, not mapped: a disk that fills up raises an error then, and does not kill
+                _decode(table, functools.partial(_write_volume, path), workers)
+            for former in set(utils.written(folder, ours)) - {stored}:  # of scans that have changed
+                former.unlink()
+    except OSError as problem:
+        raise utils.Failure(f"{folder}: cannot be written and locked ({problem})") from problem
+    except utils.InputError:
+        for place in missing:
+            place.rmdir()
+        raise
+
+
+def _write_volume(path: Path, i: int, volume: np.ndarray) -> None:
+    """Write one decoded scan to its place in the file of all."""
+    with path.open("r+b") as stream:
+        stream.seek(i * volume.nbytes)
+        stream.write(np.ascontiguousarray(volume).data)
+
+
+def _decode(table: pd.DataFrame, keep: Callable[[int, np.ndarray], None], workers: int) -> None:
+    """Decode and check every scan, and hand row and volume to `keep`."""
     problems: list[str] = []
 
     def decode(i: int) -> None:
@@ -299,12 +339,14 @@ def _decode(table: pd.DataFrame, store: np.ndarray | None, workers: int) -> None
         except utils.InputError as problem:
             problems.append(f"{table['path'][i]}: {problem}")
             return
-        if store is not None:
-            store[i] = volume
+        keep(i, volume)
 
     with ThreadPoolExecutor(max(workers, 1)) as pool:
-        for _ in utils.progress(pool.map(decode, range(len(table))), len(table), desc="reading scans"):
-            pass
+        try:
+            for _ in utils.progress(pool.map(decode, range(len(table))), len(table), desc="reading scans"):
+                pass
+        finally:
+            pool.shutdown(cancel_futures=True)  # after Ctrl-C, too
     _report(sorted(problems), len(table))
 
 

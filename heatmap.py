@@ -4,7 +4,8 @@
 
 Explains each fold's test scans with that fold's weights. The CSV, the model and the folds come from
 the run record under --modelpath. A folder that holds only published state_dict_f*.pth files needs
---path and --model; the published contiguous folds are used then.
+--path and --model; the published contiguous folds are used then. The same command again keeps the folds
+that are finished.
 """
 
 import argparse
@@ -39,16 +40,8 @@ TARGETS = ("label", "predicted", "0", "1")
 BASELINES = ("zero", "controls")
 WEIGHTS = ("trained", "random")
 WORKERS = 2  # processes or threads that decode scans
-WRITTEN = [
-    "map.json",
-    "map_f*.nii.gz",
-    "baseline_f*.nii.gz",
-    "map_all.nii.gz",
-    "map_all.png",
-    "mean_scan.nii.gz",
-    "subjects.csv",
-    "subjects/f*.nii.gz",
-]
+MEANS = ["map_all.nii.gz", "map_all.png", "mean_scan.nii.gz"]  # of all folds
+WRITTEN = ["map.json", "map_f*.nii.gz", "baseline_f*.nii.gz", "subjects.csv", "subjects/f*.nii.gz", *MEANS]
 SUBJECT_COLUMNS = ["fold", *dataset.COLUMNS, "predicted", "target", "prob_target", "sum", "residual"]
 
 
@@ -285,13 +278,23 @@ def read_subjects(folder: Path) -> pd.DataFrame:
 
 def save_rows(folder: Path, fold: int, rows: pd.DataFrame, digest: str) -> None:
     """Enter a fold into subjects.csv, then into map.json, which says that it is finished."""
-    with utils.locked(folder):
+    with utils.locked(folder / utils.LOCK):
         others = read_subjects(folder)
         tables = [part for part in (others[others["fold"] != fold], rows) if len(part)]
         utils.write_csv(pd.concat(tables).sort_values("fold", kind="stable"), folder / "subjects.csv")
         record = utils.read_json(folder / "map.json")
         record["weights_sha256"][str(fold)] = digest
         utils.write_json(record, folder / "map.json")
+
+
+def start_maps(folder: Path, identity: dict[str, Any], about: dict[str, Any], overwrite: bool) -> None:
+    """Write map.json where it is not there yet, with no fold finished."""
+    with utils.locked(folder / utils.LOCK):
+        if not utils.start_folder(folder, "map.json", identity, WRITTEN, overwrite):
+            record = identity | about | {"versions": utils.versions(), "weights_sha256": {}}
+            utils.write_json(record, folder / "map.json")
+        if identity["options"]["save_subjects"]:
+            (folder / "subjects").mkdir(exist_ok=True)
 
 
 def finished_folds(folder: Path, weights: dict[int, str]) -> list[int]:
@@ -316,7 +319,7 @@ def summary(subjects: pd.DataFrame) -> str:
     )
 
 
-@utils.command
+@utils.command("finished folds are saved; the same command, without --overwrite, explains the others")
 def main(argv: list[str] | None = None) -> int:
     """Check everything, explain the folds, average them."""
     args = get_parser().parse_args(argv)
@@ -331,28 +334,31 @@ def main(argv: list[str] | None = None) -> int:
     folder = args.outpath / name
     identity = {"method": args.method, "options": options, "model": run.model, "folds": run.k}
     identity |= {"csv_sha256": utils.sha256(run.csv), "grid": run.grid.record()}
-    found = utils.check_folder(folder, "map.json", identity, WRITTEN, args.overwrite)
+    about = {"csv": str(run.csv), "modelpath": str(args.modelpath.resolve())}
+    utils.check_folder(folder, "map.json", identity, WRITTEN, args.overwrite)
     scans = dataset.open_scans(run.table, run.grid, "reuse", args.modelpath / "cache", WORKERS)
 
-    utils.start_folder(folder, WRITTEN, args.overwrite)
-    if not found:
-        record = identity | {"csv": str(run.csv), "modelpath": str(args.modelpath.resolve())}
-        utils.write_json(record | {"versions": utils.versions(), "weights_sha256": {}}, folder / "map.json")
-    for fold in chosen:
-        if fold in finished_folds(folder, weights):
-            print(f"fold {fold}: explained before, kept")
-            continue
-        model = load_fold(run, args.modelpath, fold, args.weights, args.seed, device)
-        rows = map_fold(model, run, scans, fold, args.method, options, args.batch, folder)
-        save_rows(folder, fold, rows, weights[fold])
-
-    missing = set(range(run.k)) - set(finished_folds(folder, weights))
-    if missing:
-        print(f"not explained yet, or with other weights: folds {sorted(missing)}; map_all follows the last")
-        return 0
-    subjects = read_subjects(folder)
-    title = f"{name}, {run.model}: mean of {run.k} folds, {len(subjects)} test scans"
-    average_folds(folder, run, scans, title)
+    work = f"--batch {args.batch} of {'x'.join(map(str, run.grid.shape))} voxels, {run.model}, on {device}"
+    memory = utils.enough(work, "lower --batch")
+    with utils.claimed(folder, [f"fold {fold}" for fold in chosen]), memory:
+        start_maps(folder, identity, about, args.overwrite)
+        for fold in chosen:
+            if fold in finished_folds(folder, weights):
+                print(f"fold {fold}: explained before, kept")
+                continue
+            utils.remove(folder, MEANS)
+            model = load_fold(run, args.modelpath, fold, args.weights, args.seed, device)
+            rows = map_fold(model, run, scans, fold, args.method, options, args.batch, folder)
+            save_rows(folder, fold, rows, weights[fold])
+        with utils.locked(folder / utils.LOCK):  # of several processes the last to finish gets past
+            missing = set(range(run.k)) - set(finished_folds(folder, weights))
+            if missing:
+                print(f"not explained yet, or with other weights: folds {sorted(missing)}")
+                return 0
+            subjects = read_subjects(folder)
+            if not all((folder / file).exists() for file in MEANS):
+                title = f"{name}, {run.model}: mean of {run.k} folds, {len(subjects)} test scans"
+                average_folds(folder, run, scans, title)
     print(summary(subjects))
     print(f"written to {folder}: map_all.nii.gz, map_all.png, map_f*.nii.gz, subjects.csv")
     return 0

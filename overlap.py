@@ -309,7 +309,16 @@ def _draw_bars(axis: Any, names: list[str], ranked: pd.DataFrame, styles: dict[s
     axis.set_title(f"C   best threshold, {ranked['fwhm_mm'].iloc[0]:g} mm FWHM", loc="left")
 
 
-@utils.command
+def finished(folder: Path, found: dict[str, Any]) -> bool:
+    """Whether the folder holds this comparison whole; then its ranking is printed again."""
+    if not found or not all((folder / name).exists() for name in OUTPUTS):
+        return False
+    print(f"{folder}: compared before, kept")
+    print(ranking_text(pd.read_csv(folder / "overlap_ranked.csv", keep_default_na=False, na_values=[""])))
+    return True
+
+
+@utils.command("the comparison is not finished; the same command starts again")
 def main(argv: list[str] | None = None) -> int:
     """Read and check everything, score maps and floors, add the intervals, rank, write."""
     args = get_parser().parse_args(argv)
@@ -320,12 +329,15 @@ def main(argv: list[str] | None = None) -> int:
     mask = read_mask(args.mask, scan)
     reference = read_reference(args.reference, args.reference_threshold, mask)
     levels = sorted({*args.smooth, args.rank_smooth})
-    inputs = {"reference": args.reference, "mask": args.mask or scan_file, "mean_scan": scan_file, **means}
+    inputs = {"reference": args.reference, "mask": args.mask or scan_file, "mean_scan": scan_file}
+    inputs |= {f"{method}, fold {fold}": file for (method, fold), file in files.items()}
     identity = {name: getattr(args, name) for name in ("reference_threshold", "rank_smooth", "seed")}
     identity |= {"smooth": levels, "methods": list(means)}
     identity["sha256"] = {name: utils.sha256(file) for name, file in inputs.items()}
     folder = args.outpath or args.maps
-    utils.check_folder(folder, "overlap.json", identity, OUTPUTS, args.overwrite)
+    found = utils.check_folder(folder, "overlap.json", identity, OUTPUTS, args.overwrite)
+    if finished(folder, found):
+        return 0
     maps = read_maps(files, mask)
 
     inside = mask.get_fdata() > 0
@@ -341,11 +353,13 @@ def main(argv: list[str] | None = None) -> int:
         if fold == "all" and not method.endswith(TWIN)
     }
 
-    utils.start_folder(folder, OUTPUTS, args.overwrite)
-    utils.write_json(identity | {"versions": utils.versions()}, folder / "overlap.json")
-    utils.write_csv(table, folder / "overlap.csv")
-    utils.write_csv(ranked, folder / "overlap_ranked.csv")
-    save_figure(table, ranked, curves, folder / "overlap.png")
+    with utils.claimed(folder, ["overlap"]):
+        with utils.locked(folder / utils.LOCK):
+            utils.start_folder(folder, "overlap.json", identity, OUTPUTS, args.overwrite)
+            utils.write_json(identity | {"versions": utils.versions()}, folder / "overlap.json")
+        utils.write_csv(table, folder / "overlap.csv")
+        utils.write_csv(ranked, folder / "overlap_ranked.csv")
+        save_figure(table, ranked, curves, folder / "overlap.png")
     print(
         f"|map| smoothed with {args.rank_smooth:g} mm FWHM, best of {THRESHOLDS} thresholds, "
         "by the mean map's Dice; single folds: mean [95 % interval]:"

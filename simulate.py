@@ -318,7 +318,10 @@ def make_room(folder: Path, people: list[Subject], overwrite: bool) -> None:
             raise utils.InputError(f"{record}: not written by simulate.py; choose another --outpath")
         ours += [scan_path(index) for index in range(len(people), len(former))]
     utils.check_folder(folder / "scans", record.name, {}, [], overwrite)
-    utils.start_folder(folder, ours, overwrite)
+    (folder / scan_path(0)).parent.mkdir(parents=True, exist_ok=True)
+    utils.remove_leftovers(folder, ours)
+    if overwrite:
+        utils.remove(folder, ours)
 
 
 def save_record(people: list[Subject], voxel: float, seed: int, severity: float, folder: Path) -> None:
@@ -356,7 +359,7 @@ def save_table(people: list[Subject], folder: Path) -> None:
     )
 
 
-@utils.command
+@utils.command("data.csv, which completes a cohort, is not written yet; --overwrite starts again")
 def main(argv: list[str] | None = None) -> int:
     """Draw the people, then write record, masks and scans; data.csv comes last and completes the cohort."""
     args = get_parser().parse_args(argv)

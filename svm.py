@@ -381,7 +381,7 @@ def save_means(pattern: np.ndarray, scan: np.ndarray, cohort: Cohort, folder: Pa
     utils.save_map_figure(pattern, scan, cohort.grid.affine, title, folder / "map_all.png")
 
 
-@utils.command
+@utils.command("no map is finished; the same command starts again")
 def main(argv: list[str] | None = None) -> int:
     """Check everything, fit the folds, write their predictions and maps."""
     args = get_parser().parse_args(argv)
@@ -399,22 +399,25 @@ def main(argv: list[str] | None = None) -> int:
     inside = choose_voxels(varies, mask, args.mask or cohort.csv)
     print(f"voxels: {np.count_nonzero(inside)} of {inside.size}")
 
-    utils.start_folder(folder, WRITTEN, args.overwrite)
     paths = {"csv": cohort.csv, "modelpath": cohort.run, "mask": args.mask and args.mask.resolve()}
     record = identity | {name: path and str(path) for name, path in paths.items()}
     record |= {"versions": utils.versions()}
-    utils.write_json(record, folder / "map.json")
-    products = linear_kernel(scans, inside)
-    machines = fit_folds(products, cohort, args.C)
-    predictions = predict(machines, products, cohort)
-    scores = metrics.metrics_table(predictions, cohort.folding["seed"])
-    utils.write_csv(predictions, folder / "predictions.csv")
-    utils.write_csv(scores, folder / "metrics.csv")
-    mean_pattern = write_maps(machines, products, cohort, scans, inside, folder)
-    save_means(mean_pattern, mean_scan, cohort, folder)
-    record["C_per_fold"] = {str(fold): machine.C for fold, machine in enumerate(machines)}
-    record["intercept_per_fold"] = {str(fold): machine.intercept for fold, machine in enumerate(machines)}
-    utils.write_json(record, folder / "map.json")  # last: it says that all is finished
+    work = f"{len(scans)} scans of {np.count_nonzero(inside)} voxels"
+    with utils.claimed(folder, ["SVM"]), utils.enough(work, "give a smaller --mask"):
+        with utils.locked(folder / utils.LOCK):
+            utils.start_folder(folder, "map.json", identity, WRITTEN, args.overwrite)
+            utils.write_json(record, folder / "map.json")
+        products = linear_kernel(scans, inside)
+        machines = fit_folds(products, cohort, args.C)
+        predictions = predict(machines, products, cohort)
+        scores = metrics.metrics_table(predictions, cohort.folding["seed"])
+        utils.write_csv(predictions, folder / "predictions.csv")
+        utils.write_csv(scores, folder / "metrics.csv")
+        mean_pattern = write_maps(machines, products, cohort, scans, inside, folder)
+        save_means(mean_pattern, mean_scan, cohort, folder)
+        record["C_per_fold"] = {str(fold): machine.C for fold, machine in enumerate(machines)}
+        record["intercept_per_fold"] = {str(fold): machine.intercept for fold, machine in enumerate(machines)}
+        utils.write_json(record, folder / "map.json")  # last: it says that all is finished
     print(metrics.summary(scores))
     print(
         f"written to {folder}: map_all.nii.gz, map_f*.nii.gz, weights_f*.nii.gz, predictions.csv, metrics.csv"

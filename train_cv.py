@@ -2,16 +2,18 @@
 
     python3 train_cv.py --path data.csv --device 0
 
-Every subject is tested once, by a network that never saw it. A second call with the same arguments
-keeps the folds that are finished.
+Every subject is tested once, by a network that never saw it. The same command again keeps the folds that
+are finished and goes on with an interrupted one after its last finished epoch.
 """
 
 import argparse
 import sys
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -25,15 +27,9 @@ import metrics
 import models
 import utils
 
-WRITTEN = [
-    "run.json",
-    "folds.csv",
-    "state_dict_f*.pth",
-    "history_f*.csv",
-    "predictions.csv",
-    "metrics.csv",
-    "training.png",
-]
+SUMMARY = ["predictions.csv", "metrics.csv", "training.png"]  # of all folds
+WRITTEN = ["run.json", "folds.csv", "state_dict_f*.pth", "history_f*.csv", "progress_f*.pth", *SUMMARY]
+HISTORY = ["epoch", "train_loss", "valid_loss", "valid_accuracy", "seconds"]
 PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16}
 # options that change neither the networks nor the folds
 INCIDENTAL = ("path", "outpath", "device", "run_folds", "workers", "cache", "overwrite")
@@ -50,7 +46,7 @@ def get_parser() -> argparse.ArgumentParser:
     add("--device", default="auto", help="GPU number, cpu, cuda:N, mps or auto")
     add("--batch", type=whole, default=5, help="scans per training step")
     add("--fold", type=utils.number(int, at_least=2), default=5, help="number of folds")
-    add("--lr", type=utils.number(float, above=0), default=1e-4, help="learning rate of Adam")
+    add("--lr", type=utils.number(float, above=0, at_most=1), default=1e-4, help="learning rate of Adam")
     add("--wd", type=real, default=1e-4, help="weight decay of Adam")
     add("--epochs", type=whole, default=200, help="at most so many epochs")
     add("--patience", type=whole, default=10, help="stop after so many epochs without improvement")
@@ -90,6 +86,20 @@ def make_loader(
     return dataset.loader(scans, dataset.rows(folds, fold, role), batch, workers, order)
 
 
+@dataclass
+class Course:
+    """How the training of a fold went so far."""
+
+    history: list[list[float]] = field(default_factory=list)  # one row of HISTORY per epoch
+    best: float = float("inf")  # the smallest validation loss
+    waited: int = 0  # epochs since then
+    weights: dict[str, Tensor] = field(default_factory=dict)  # of that epoch, on the CPU
+
+    def goes_on(self, epochs: int, patience: int) -> bool:
+        """Whether another epoch follows."""
+        return len(self.history) < epochs and self.waited < patience
+
+
 def train_fold(
     model: models.CNN3d,
     optimiser: torch.optim.Optimizer,
@@ -100,40 +110,69 @@ def train_fold(
     delta: float,
     precision: torch.dtype,
     name: str,
-) -> tuple[dict[str, Tensor], pd.DataFrame]:
+    progress: Path,
+) -> Course:
     """Train until the validation loss has not fallen by more than `delta` for `patience` epochs.
 
-    Returns:
-        The weights of the best epoch, on the CPU, and the history, one row per epoch.
+    After every epoch all that the next one depends on is written to `progress`; where that file exists,
+    training goes on from there, as if it had never stopped.
     """
-    best, waited, state, history = float("inf"), 0, {}, []
-    for epoch in range(1, epochs + 1):
-        begin = time.perf_counter()
+    course = Course()
+    if progress.exists():
+        course = load_progress(progress, model, optimiser, train)
+        print(f"{name}: goes on after epoch {len(course.history)}")
+    while course.goes_on(epochs, patience):
+        begin, epoch = time.perf_counter(), len(course.history) + 1
         train_loss = train_epoch(model, train, optimiser, precision, f"{name}, epoch {epoch}")
         valid_loss, accuracy = evaluate(model, val)
         check_loss(valid_loss, f"{name}, epoch {epoch}, validation")
         seconds = time.perf_counter() - begin
-        history.append([epoch, train_loss, valid_loss, accuracy, seconds])
-        improved = valid_loss < best - delta
+        course.history.append([epoch, train_loss, valid_loss, accuracy, seconds])
+        course.waited += 1
+        improved = valid_loss < course.best - delta
+        if improved:
+            course.best, course.waited, course.weights = valid_loss, 0, weights(model)
+        save_progress(course, model, optimiser, train, progress)
         print(
             f"{name}, epoch {epoch}: training loss {train_loss:.4f}, validation loss {valid_loss:.4f}, "
             f"accuracy {accuracy:.3f}, {seconds:.1f} s{', best' if improved else ''}",
             flush=True,
         )
-        waited += 1
-        if improved:
-            best, waited, state = valid_loss, 0, weights(model)
-        if waited >= patience:
-            break
-    columns = ["epoch", "train_loss", "valid_loss", "valid_accuracy", "seconds"]
-    return state, pd.DataFrame(history, columns=columns)
+    return course
+
+
+def save_progress(
+    course: Course, model: models.CNN3d, optimiser: torch.optim.Optimizer, train: DataLoader, path: Path
+) -> None:
+    """Write all that the next epoch depends on."""
+    device = next(model.parameters()).device
+    state = {"model": model.state_dict(), "optimiser": optimiser.state_dict(), "course": vars(course)}
+    state |= {"random": utils.random_states(device), "loader": train.generator.get_state()}
+    utils.write_tensors(state, path)
+
+
+def load_progress(
+    path: Path, model: models.CNN3d, optimiser: torch.optim.Optimizer, train: DataLoader
+) -> Course:
+    """Restore what `save_progress` wrote into model, optimiser, loader and random generators."""
+    device = next(model.parameters()).device
+    try:
+        state: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
+        model.load_state_dict(state["model"])
+        optimiser.load_state_dict(state["optimiser"])
+        train.generator.set_state(state["loader"])
+        utils.restore_random(state["random"], device)
+        return Course(**state["course"])
+    except models.UNREADABLE as problem:
+        reason = f"is damaged ({type(problem).__name__}); remove it to train this fold from its start"
+        raise utils.InputError(f"{path}: {reason}") from problem
 
 
 def check_loss(loss: float, where: str) -> None:
     """Raise InputError where the loss is not finite."""
     if not np.isfinite(loss):
         raise utils.InputError(
-            f"{where}: the loss is {loss}; nothing of this fold is saved, try a lower --lr"
+            f"{where}: the loss is {loss}; nothing of this epoch is saved, try a lower --lr"
         )
 
 
@@ -188,6 +227,70 @@ def predict_test(model: models.CNN3d, loader: DataLoader, test: pd.DataFrame) ->
     return test.assign(prob_1=prob_1, predicted=logits.argmax(1).numpy())[metrics.PREDICTIONS]
 
 
+# One output folder, several processes --------------------------------------------------------------
+
+
+def start_run(
+    folder: Path, identity: dict[str, Any], about: dict[str, Any], folds: pd.DataFrame, overwrite: bool
+) -> None:
+    """Write run.json and folds.csv, or check that they are of this very run."""
+    with utils.locked(folder / utils.LOCK):
+        record = utils.start_folder(folder, "run.json", identity, WRITTEN, overwrite)
+        versions = record.get("versions", utils.versions())
+        if record != about | identity | {"versions": versions}:  # none yet, or the CSV has moved
+            utils.write_json(about | identity | {"versions": versions}, folder / "run.json")
+        if not (folder / "folds.csv").exists():
+            utils.write_csv(folds, folder / "folds.csv")
+        elif (folder / "folds.csv").read_bytes() != folds.to_csv(index=False, lineterminator="\n").encode():
+            raise utils.InputError(
+                f"{folder / 'folds.csv'}: is not as this run wrote it; remove it, or --overwrite"
+            )
+
+
+class Fold:
+    """The files of one fold."""
+
+    def __init__(self, folder: Path, number: int) -> None:
+        self.number = number
+        self.checkpoint = folder / f"state_dict_f{number}.pth"
+        self.history = folder / f"history_f{number}.csv"
+        self.progress = folder / f"progress_f{number}.pth"
+
+    @property
+    def finished(self) -> bool:
+        """Whether its training ended."""
+        return self.checkpoint.exists() and self.history.exists()
+
+    def kept(self) -> bool:
+        """Whether it was finished before, which is said."""
+        if self.finished:
+            print(f"fold {self.number}: finished before, kept")
+            self.progress.unlink(missing_ok=True)
+        return self.finished
+
+    def finish(self, course: Course) -> None:
+        """Write what training led to; the checkpoint last, as its presence says so."""
+        utils.write_csv(pd.DataFrame(course.history, columns=HISTORY), self.history)
+        utils.write_tensors(course.weights, self.checkpoint)
+        self.progress.unlink()
+
+
+def all_trained(folds: list[Fold]) -> bool:
+    """Whether every fold is finished; those that are not are named."""
+    missing = [fold.number for fold in folds if not fold.finished]
+    if missing:
+        print(f"not trained yet: folds {missing}; tests and metrics follow with the last fold")
+    return not missing
+
+
+def summarised(folder: Path) -> bool:
+    """Whether the folds that are there were tested before, which is said."""
+    done = all((folder / name).exists() for name in SUMMARY)
+    if done:
+        print(f"{folder}: tested before, kept")
+    return done
+
+
 def test_folds(
     name: str,
     grid: dataset.Grid,
@@ -206,14 +309,12 @@ def test_folds(
     return pd.concat(predictions)
 
 
-def report(
-    predictions: pd.DataFrame, histories: list[pd.DataFrame], delta: float, seed: int, outpath: Path
-) -> None:
+def report(predictions: pd.DataFrame, folds: list[Fold], delta: float, seed: int, outpath: Path) -> None:
     """Write predictions, metrics and the loss curves; print the scores."""
     scores = metrics.metrics_table(predictions, seed)
     utils.write_csv(predictions, outpath / "predictions.csv")
     utils.write_csv(scores, outpath / "metrics.csv")
-    draw_training(histories, delta, outpath / "training.png")
+    draw_training([pd.read_csv(fold.history) for fold in folds], delta, outpath / "training.png")
     print(metrics.summary(scores))
     print(f"written to {outpath}: state_dict_f*.pth, predictions.csv, metrics.csv, training.png")
 
@@ -253,7 +354,9 @@ def draw_training(histories: list[pd.DataFrame], delta: float, path: Path) -> No
     plt.close(figure)
 
 
-@utils.command
+@utils.command(
+    "finished folds and epochs are saved; the same command, without --overwrite, goes on from there"
+)
 def main(argv: list[str] | None = None) -> int:
     """Check everything, train the folds, test them, report."""
     args = get_parser().parse_args(argv)
@@ -266,37 +369,32 @@ def main(argv: list[str] | None = None) -> int:
     models.require_model(args.model, grid.shape)
     options = {name: value for name, value in vars(args).items() if name not in INCIDENTAL}
     identity = {"csv_sha256": utils.sha256(args.path), "grid": grid.record(), "arguments": options}
+    about = {"csv": str(args.path.resolve()), "model": args.model, "seed": args.seed}
     utils.check_folder(args.outpath, "run.json", identity, WRITTEN, args.overwrite)
     scans = dataset.open_scans(table, grid, args.cache, args.outpath / "cache", args.workers)
-
-    utils.start_folder(args.outpath, WRITTEN, args.overwrite)
-    about = {"csv": str(args.path.resolve()), "model": args.model, "seed": args.seed}
-    utils.write_json(about | identity | {"versions": utils.versions()}, args.outpath / "run.json")
-    utils.write_csv(folds, args.outpath / "folds.csv")
     load = partial(make_loader, scans, folds, batch=args.batch, workers=args.workers, seed=args.seed)
 
-    checkpoints = [args.outpath / f"state_dict_f{fold}.pth" for fold in range(args.fold)]
-    histories = [args.outpath / f"history_f{fold}.csv" for fold in range(args.fold)]
-    for fold in chosen:
-        if checkpoints[fold].exists() and histories[fold].exists():
-            print(f"fold {fold}: finished before, kept")
-            continue
-        model, optimiser = new_training(args.model, grid, device, args.lr, args.wd, args.seed, fold)
-        state, history = train_fold(
-            model, optimiser, load(fold, "train"), load(fold, "val"),
-            args.epochs, args.patience, args.delta, PRECISIONS[args.precision], f"fold {fold}",
-        )  # fmt: skip
-        utils.write_csv(history, histories[fold])
-        with utils.whole_file(checkpoints[fold]) as path:  # last: its presence says the fold is finished
-            torch.save(state, path)
-
-    missing = [f for f in range(args.fold) if not (checkpoints[f].exists() and histories[f].exists())]
-    if missing:
-        print(f"not trained yet: folds {missing}; tests and metrics follow with the last fold")
-        return 0
-    predictions = test_folds(args.model, grid, device, load, folds, checkpoints)
-    losses = [pd.read_csv(history) for history in histories]
-    report(predictions, losses, args.delta, args.seed, args.outpath)
+    work = f"--batch {args.batch} of {'x'.join(map(str, grid.shape))} voxels, {args.model}, on {device}"
+    memory = utils.enough(work, "lower --batch, or take fewer filters")
+    with utils.claimed(args.outpath, [f"fold {fold}" for fold in chosen]), memory:
+        start_run(args.outpath, identity, about, folds, args.overwrite)
+        every = [Fold(args.outpath, number) for number in range(args.fold)]
+        for number in chosen:
+            if every[number].kept():
+                continue
+            utils.remove(args.outpath, SUMMARY)
+            network = new_training(args.model, grid, device, args.lr, args.wd, args.seed, number)
+            course = train_fold(
+                *network, load(number, "train"), load(number, "val"), args.epochs, args.patience,
+                args.delta, PRECISIONS[args.precision], f"fold {number}", every[number].progress,
+            )  # fmt: skip
+            every[number].finish(course)
+        with utils.locked(args.outpath / utils.LOCK):  # of several processes the last to finish gets past
+            if not all_trained(every) or summarised(args.outpath):
+                return 0
+            checkpoints = [fold.checkpoint for fold in every]
+            predictions = test_folds(args.model, grid, device, load, folds, checkpoints)
+            report(predictions, every, args.delta, args.seed, args.outpath)
     return 0
 
 

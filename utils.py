@@ -7,11 +7,15 @@ import fcntl
 import functools
 import hashlib
 import importlib.metadata
+import io
 import json
 import os
 import platform
 import random
+import re
+import signal
 import sys
+import threading
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any, NoReturn, TypeVar, cast
@@ -35,6 +39,14 @@ class InputError(Exception):
     """A user's mistake: reported as one line, never as a traceback."""
 
 
+class Failure(Exception):
+    """A fault of neither user nor program, such as a full disk: reported as one line, too."""
+
+
+class Terminated(KeyboardInterrupt):
+    """SIGTERM, as batch systems send it before they kill."""
+
+
 class ArgumentParser(argparse.ArgumentParser):
     """argparse whose mistakes are one line (`InputError`) and whose help shows the defaults."""
 
@@ -52,18 +64,72 @@ class _HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescrip
         return action.help if action.default in (None, False) else super()._get_help_string(action)
 
 
-def command(main: Main) -> Main:
-    """Make an `InputError` inside `main` one line on stderr and exit status 2."""
+def command(saved: str) -> Callable[[Main], Main]:
+    """Make what ends an entry script early one line on stderr and an exit status.
 
-    @functools.wraps(main)
-    def guarded(argv: list[str] | None = None) -> int:
-        try:
-            return main(argv)
-        except InputError as mistake:
-            print("error:", " ".join(str(mistake).split()), file=sys.stderr)
-            return 2
+    2 for an `InputError`, 1 for a `Failure`, 130 for Ctrl-C and 143 for SIGTERM.
 
-    return cast(Main, guarded)
+    Args:
+        saved: what an interrupted command has saved, and how it goes on.
+    """
+
+    def guard(main: Main) -> Main:
+        @functools.wraps(main)
+        def guarded(argv: list[str] | None = None) -> int:
+            try:
+                with _termination():
+                    return main(argv)
+            except InputError as mistake:
+                line, status = f"error: {mistake}", 2
+            except Failure as fault:
+                line, status = f"error: {fault}", 1
+            except KeyboardInterrupt as interrupt:
+                line, status = f"interrupted: {saved}", 143 if isinstance(interrupt, Terminated) else 130
+            print(" ".join(line.split()), file=sys.stderr)
+            return status
+
+        return cast(Main, guarded)
+
+    return guard
+
+
+@contextlib.contextmanager
+def _termination() -> Iterator[None]:
+    """Raise `Terminated` on SIGTERM, so that it unwinds like Ctrl-C."""
+    if threading.current_thread() is not threading.main_thread():  # only there may handlers be set
+        yield
+        return
+
+    def handler(*_: object) -> NoReturn:
+        raise Terminated
+
+    before = signal.signal(signal.SIGTERM, handler)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+@contextlib.contextmanager
+def enough(work: str, advice: str) -> Iterator[None]:
+    """Turn memory that does not suffice, or a reading process that was killed, into a `Failure`.
+
+    Args:
+        work: what is done, and its size.
+        advice: what to lower.
+    """
+    try:
+        yield
+    except MemoryError as problem:
+        raise Failure(f"{work}: out of memory; {advice}") from problem
+    except RuntimeError as problem:  # PyTorch's, by their words: on a CPU they have no class of their own
+        if re.search("out of memory|can't allocate memory", str(problem)):
+            raise Failure(f"{work}: out of memory; {advice} ({problem})") from problem
+        if "DataLoader worker" in str(problem):
+            raise Failure(
+                f"{work}: a process that reads scans ended; lower --workers ({problem})"
+            ) from problem
+        raise
 
 
 def number(
@@ -163,25 +229,155 @@ def fold_seed(seed: int, fold: int) -> int:
     return int(np.random.SeedSequence([seed, fold]).generate_state(1)[0])
 
 
-# Whole files -------------------------------------------------------------------------------------
+def random_states(device: torch.device) -> dict[str, Any]:
+    """The states of all random generators that `seed_everything` seeds, as tensors and plain numbers."""
+    name, keys, *rest = np.random.get_state(legacy=True)
+    numpy = (name, torch.from_numpy(np.asarray(keys, np.int64)), *rest)
+    states = {"python": random.getstate(), "numpy": numpy, "cpu": torch.get_rng_state()}
+    if device.type != "cpu":
+        states[device.type] = torch.get_device_module(device).get_rng_state(*_number(device))
+    return states
+
+
+def restore_random(states: dict[str, Any], device: torch.device) -> None:
+    """Restore what `random_states` returned; a device of another type keeps the state it has."""
+    random.setstate(states["python"])
+    name, keys, *rest = states["numpy"]
+    np.random.set_state((name, keys.numpy().astype(np.uint32), *rest))
+    torch.set_rng_state(states["cpu"])
+    if device.type != "cpu" and device.type in states:
+        torch.get_device_module(device).set_rng_state(states[device.type], *_number(device))
+
+
+def _number(device: torch.device) -> list[torch.device]:
+    """The argument that tells one device of a type from another, where there may be several."""
+    return [device] if device.type == "cuda" else []
+
+
+# Locks and whole files ---------------------------------------------------------------------------
+
+PARTIAL = ".partial-"  # begins the names of temporary files
+LOCK = ".lock"  # of a folder's shared files, held while they are read, changed and written back
+_held: dict[int, Path] = {}  # this process's locks by descriptor
+
+
+def _leave_locks() -> None:
+    """Close the locks that a forked child inherits: it would hold them beyond its parent's end."""
+    for handle in _held:
+        os.close(handle)
+    _held.clear()
+
+
+os.register_at_fork(after_in_child=_leave_locks)
+
+
+@contextlib.contextmanager
+def locked(path: Path, wait: bool = True) -> Iterator[None]:
+    """Hold a lock file, which is there only while somebody holds or has died holding it.
+
+    The kernel releases the lock (flock) when its holder ends, however it ends; between machines too, where
+    their shared file system passes flock on, as NFS does on Linux.
+
+    Raises:
+        BlockingIOError: another process holds it, and `wait` is false.
+        OSError: the file cannot be made, or its file system has no locks.
+    """
+    handle = _lock(path, wait)
+    try:
+        yield
+    finally:
+        if _is_at(handle, path):  # not if it was renamed, or its folder is gone
+            path.unlink()
+        _close(handle)
+
+
+def _lock(path: Path, wait: bool) -> int:
+    """Open and lock a file, again and again until it is still at its path afterwards."""
+    while True:
+        handle = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
+        _held[handle] = path
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+            if _is_at(handle, path):
+                return handle
+        except BaseException:
+            _close(handle)
+            raise
+        _close(handle)
+
+
+def _is_at(handle: int, path: Path) -> bool:
+    """Whether an open file is the one at a path."""
+    try:
+        return os.path.samestat(os.fstat(handle), os.stat(path))
+    except FileNotFoundError:
+        return False
+
+
+def _close(handle: int) -> None:
+    del _held[handle]
+    os.close(handle)
+
+
+@contextlib.contextmanager
+def claimed(folder: Path, parts: Iterable[str]) -> Iterator[None]:
+    """Create a folder and hold the locks of parts of it, such as "fold 0", while they are worked on.
+
+    Raises:
+        InputError: another process holds one of them.
+        Failure: the folder cannot be made or locked.
+    """
+    with contextlib.ExitStack() as stack:
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            for part in parts:
+                stack.enter_context(locked(folder / f"{LOCK}-{part.replace(' ', '_')}", wait=False))
+        except BlockingIOError as problem:
+            raise InputError(f"{folder}: another process is at work on {part}") from problem
+        except OSError as problem:
+            raise Failure(f"{folder}: cannot be written and locked ({problem})") from problem
+        yield
 
 
 @contextlib.contextmanager
 def whole_file(path: Path) -> Iterator[Path]:
-    """Yield a path to write to; the file appears at `path` complete, or not at all.
+    """Yield a path to write to; the file appears at `path` complete and on disk, or not at all.
 
-    The temporary file lies beside `path` and keeps its suffixes, so writers that choose a format
-    by name (nibabel, matplotlib) work unchanged.
+    The temporary file lies beside `path`, is locked while it is written, and keeps its suffixes, so writers
+    that choose a format by name (nibabel, matplotlib) work unchanged.
+
+    Raises:
+        Failure: it cannot be written: the disk is full, the folder is gone.
     """
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".partial-{os.getpid()}-{path.name}")
+    partial = path.with_name(f"{PARTIAL}{path.name}")
     try:
-        yield partial
-        with partial.open("rb+") as stream:
-            os.fsync(stream.fileno())
-        partial.replace(path)
+        with locked(partial):
+            yield partial
+            if not partial.stat().st_size:
+                raise RuntimeError(f"nothing was written to {partial}")
+            _sync(partial)
+            partial.replace(path)
+        _sync(path.parent)
+    except OSError as problem:
+        reason = problem.strerror or problem
+        raise Failure(f"{path}: cannot be written ({reason}); what was finished before is kept") from problem
+
+
+def _sync(path: Path) -> None:
+    """Wait until a file, or the names in a folder, are on disk."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
     finally:
-        partial.unlink(missing_ok=True)
+        os.close(handle)
+
+
+def remove_leftovers(folder: Path, patterns: Iterable[str]) -> None:
+    """Remove the temporary files of writers that died; those of living ones are locked."""
+    for pattern in patterns:
+        for partial in (folder / pattern).parent.glob(f"{PARTIAL}{Path(pattern).name}"):
+            with contextlib.suppress(BlockingIOError), locked(partial, wait=False):
+                pass  # the lock file is the temporary file itself, and goes with the lock
 
 
 def write_csv(table: pd.DataFrame, path: Path) -> None:
@@ -194,6 +390,14 @@ def write_json(record: dict[str, Any], path: Path) -> None:
     """Write a record as indented JSON."""
     with whole_file(path) as partial:
         partial.write_text(json.dumps(record, indent=2) + "\n")
+
+
+def write_tensors(record: dict[str, Any], path: Path) -> None:
+    """Write tensors and plain values as torch.save does; the same record gives the same bytes."""
+    buffer = io.BytesIO()  # torch.save to a file puts its name inside, and reports a full disk in its own way
+    torch.save(record, buffer)
+    with whole_file(path) as partial:
+        partial.write_bytes(buffer.getbuffer())
 
 
 # The run record ----------------------------------------------------------------------------------
@@ -264,31 +468,38 @@ def _flat(record: dict[str, Any]) -> dict[str, Any]:
     return {k: v for k, v in record.items() if not isinstance(v, dict)} | inner
 
 
-def start_folder(folder: Path, patterns: Iterable[str], overwrite: bool) -> None:
-    """Create an output folder; with `overwrite`, remove what the suite wrote there, and only that."""
-    folder.mkdir(parents=True, exist_ok=True)
+def start_folder(
+    folder: Path, record: str, identity: dict[str, Any], patterns: Iterable[str], overwrite: bool
+) -> dict[str, Any]:
+    """Begin in a folder whose LOCK is held, or go on there: `check_folder` once more, and tidy up.
+
+    With `overwrite`, what the suite wrote there is removed, and only that.
+
+    Raises:
+        InputError: as `check_folder`; or, with `overwrite`, another process is at work there.
+    """
+    found = check_folder(folder, record, identity, patterns, overwrite)
+    remove_leftovers(folder, patterns)
     if overwrite:
-        for path in written(folder, patterns):
-            path.unlink()
+        for lock in set(folder.glob(f"{LOCK}-*")) - set(_held.values()):
+            try:
+                with locked(lock, wait=False):
+                    pass
+            except BlockingIOError as problem:
+                raise InputError(f"--overwrite: another process is at work in {folder}") from problem
+        remove(folder, patterns)
+    return found
+
+
+def remove(folder: Path, patterns: Iterable[str]) -> None:
+    """Remove the files in a folder that match any of the patterns."""
+    for path in written(folder, patterns):
+        path.unlink()
 
 
 def written(folder: Path, patterns: Iterable[str]) -> list[Path]:
     """The files in a folder that match any of the patterns."""
     return [path for pattern in patterns for path in sorted(folder.glob(pattern))]
-
-
-@contextlib.contextmanager
-def locked(folder: Path) -> Iterator[None]:
-    """Hold a folder's lock while a file in it is read, changed and written back; others wait.
-
-    The kernel releases the lock when its holder ends, however it ends.
-    """
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        fcntl.flock(handle, fcntl.LOCK_EX)
-        yield
-    finally:
-        os.close(handle)
 
 
 def choose_folds(wanted: list[int] | None, k: int) -> list[int]:

@@ -276,7 +276,7 @@ def get_parser() -> argparse.ArgumentParser:
     return parser
 
 
-@utils.command
+@utils.command("nothing is saved")
 def main(argv: list[str] | None = None) -> int:
     """Simulate a scan, do every piece of work both ways, print one table."""
     args = get_parser().parse_args(argv)

@@ -2,6 +2,7 @@
 
 import contextlib
 import os
+import pickle
 import shutil
 from pathlib import Path
 from types import SimpleNamespace
@@ -411,10 +412,20 @@ def test_disk_cache_of_a_crash_is_ignored(tmp_path, monkeypatch):
     assert stored(cache) == []
     assert torch.equal(stacked(opened(csv, "disk", cache)), expected)
     (whole,) = stored(cache)
-    partial = cache / f".partial-1-{whole.name}"
+    partial = cache / f".partial-{whole.name}"
     partial.write_bytes(bytes(whole.stat().st_size))  # a killed process' leftover
+    former = cache / "scans-0123456789abcdef.float32"  # of scans as they were
+    former.write_bytes(bytes(whole.stat().st_size))
     whole.write_bytes(whole.read_bytes()[:-4])  # and a disk that ran full
     assert torch.equal(stacked(opened(csv, "disk", cache)), expected)
+    assert [file.name for file in cache.iterdir()] == [whole.name]
+
+
+def test_disk_cache_goes_to_another_process_by_name(tmp_path):
+    scans = opened(tiny_cohort(tmp_path), "disk", tmp_path / "cache")
+    packed = pickle.dumps(scans)
+    assert len(packed) < 10_000
+    assert torch.equal(stacked(pickle.loads(packed)), stacked(scans))
 
 
 def test_bad_scans_are_all_named_and_no_cache_stays(tmp_path):

@@ -291,7 +291,7 @@ def test_record(compared, world):
     assert record["methods"] == METHODS
     assert record["smooth"] == LEVELS
     assert record["sha256"]["reference"] == utils.sha256(world / "truth.nii.gz")
-    assert record["sha256"]["IG"] == utils.sha256(world / "heatmaps" / "IG" / "map_all.nii.gz")
+    assert record["sha256"]["IG, fold all"] == utils.sha256(world / "heatmaps" / "IG" / "map_all.nii.gz")
     assert record["versions"] == utils.versions()
 
 

@@ -3,8 +3,10 @@
 import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -286,7 +288,7 @@ def test_second_call_keeps_the_folds(copy, csv, capsys):
     after = contents(copy)
     for name in ("predictions.csv", "metrics.csv", "history_f0.csv", "run.json", "folds.csv"):
         assert after[name] == before[name]
-    assert capsys.readouterr().out.count("kept") == K
+    assert capsys.readouterr().out.count("finished before, kept") == K
 
 
 def test_lost_fold_is_trained_again_and_the_other_is_kept(copy, run, csv):
@@ -298,23 +300,70 @@ def test_lost_fold_is_trained_again_and_the_other_is_kept(copy, run, csv):
     assert (copy / "predictions.csv").read_bytes() == (run / "predictions.csv").read_bytes()
 
 
-def test_interrupted_run_leaves_no_half_fold_and_goes_on(csv, run, tmp_path, monkeypatch):
-    honest = train_cv.evaluate
+# Interrupted in the middle of an epoch, between two files of a fold, and while the summary is written.
+MOMENTS = [("evaluate", 1), ("evaluate", 2), ("evaluate", 4), ("save_progress", 2), ("draw_training", 1)]
+MOMENTS += [("check_loss", 3), ("check_loss", 9), ("predict_test", 2), ("weights", 1), ("new_training", 2)]
+
+
+@pytest.mark.parametrize(("step", "call"), MOMENTS)
+def test_interrupted_run_goes_on_bit_for_bit(csv, run, tmp_path, monkeypatch, capsys, step, call):
+    honest = getattr(train_cv, step)
     calls = []
 
-    def interrupted(model, loader):
+    def interrupted(*args):
         calls.append(1)
-        if len(calls) == 4:  # the last epoch of fold 1
-            raise KeyboardInterrupt
-        return honest(model, loader)
+        if len(calls) == call:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return honest(*args)
 
     with monkeypatch.context() as patch:
-        patch.setattr(train_cv, "evaluate", interrupted)
-        with pytest.raises(KeyboardInterrupt):
-            train(csv, tmp_path)
-    assert set(contents(tmp_path)) == {"run.json", "folds.csv", "state_dict_f0.pth", "history_f0.csv"}
+        patch.setattr(train_cv, step, interrupted)
+        assert train(csv, tmp_path) == 143
+    assert capsys.readouterr().err.startswith("interrupted: finished folds and epochs are saved")
+    assert not {"metrics.csv", ".lock"} & set(contents(tmp_path)) or step == "draw_training"
+    torch.manual_seed(99)  # another process starts from another state
     assert train(csv, tmp_path) == 0
-    assert (tmp_path / "predictions.csv").read_bytes() == (run / "predictions.csv").read_bytes()
+    assert unclocked(tmp_path) == unclocked(run)
+
+
+def unclocked(folder: Path) -> dict[str, bytes]:
+    """Every file of a run, less the seconds that its epochs took."""
+    files = dict(contents(folder))
+    for name in [name for name in files if name.startswith("history")]:
+        files[name] = b"\n".join(line.rsplit(b",", 1)[0] for line in files[name].splitlines())
+    return files
+
+
+def test_fold_that_another_process_trains_is_refused(copy, csv, capsys):
+    before = contents(copy)
+    program = "import sys, utils; from pathlib import Path\n"
+    program += "with utils.claimed(Path(sys.argv[1]), ['fold 1']): input()"
+    command = [sys.executable, "-c", program, str(copy)]
+    with subprocess.Popen(command, cwd=ROOT, stdin=subprocess.PIPE, text=True) as other:
+        while not (copy / ".lock-fold_1").exists():
+            time.sleep(0.05)
+        for options in ([], ["--run-folds", "1"], ["--overwrite", "--run-folds", "0"]):
+            assert train(csv, copy, *options) == 2
+            assert "another process is at work" in only_error(capsys.readouterr().err)
+        assert train(csv, copy, "--run-folds", "0") == 0
+        other.communicate("done")
+    assert contents(copy) == before
+
+
+def test_folds_csv_that_was_edited_is_refused(copy, csv, capsys):
+    (copy / "folds.csv").write_text((copy / "folds.csv").read_text().replace("train", "val", 1))
+    assert train(csv, copy) == 2
+    assert "folds.csv" in only_error(capsys.readouterr().err)
+
+
+def test_damaged_progress_is_one_line(csv, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(train_cv.Fold, "finish", lambda *_: os.kill(os.getpid(), signal.SIGTERM))
+    assert train(csv, tmp_path) == 143
+    progress = tmp_path / "progress_f0.pth"
+    progress.write_bytes(progress.read_bytes()[:-1000])
+    capsys.readouterr()
+    assert train(csv, tmp_path) == 2
+    assert "progress_f0.pth: is damaged" in only_error(capsys.readouterr().err)
 
 
 def test_two_jobs_at_once_share_a_folder(csv, run, tmp_path, monkeypatch):
@@ -434,11 +483,22 @@ def stubbed_fold(
     monkeypatch.setattr(train_cv, "train_epoch", train_epoch)
     monkeypatch.setattr(train_cv, "evaluate", lambda *_: (next(given), 0.75))
     nothing: DataLoader = DataLoader([])  # type: ignore[arg-type]
+    monkeypatch.setattr(train_cv, "save_progress", lambda *_: None)
     optimiser = torch.optim.Adam(model.parameters())
-    state, history = train_cv.train_fold(
-        model, optimiser, nothing, nothing, len(losses), patience, delta, torch.float32, "fold 0"
+    course = train_cv.train_fold(
+        model,
+        optimiser,
+        nothing,
+        nothing,
+        len(losses),
+        patience,
+        delta,
+        torch.float32,
+        "fold 0",
+        Path("none"),
     )
-    return int(state["classifier.3.bias"][0]), history
+    history = pd.DataFrame(course.history, columns=train_cv.HISTORY)
+    return int(course.weights["classifier.3.bias"][0]), history
 
 
 @pytest.mark.parametrize(
@@ -473,17 +533,31 @@ def test_validation_loss_that_is_nan_stops(monkeypatch, losses):
         stubbed_fold(monkeypatch, losses)
 
 
+@pytest.fixture
+def _wild_steps(monkeypatch) -> None:
+    """An optimiser whose first step throws the weights out of float32's range."""
+    honest = train_cv.new_training
+
+    def new_training(*args):
+        model, optimiser = honest(*args)
+        optimiser.param_groups[0]["lr"] = 1e30
+        return model, optimiser
+
+    monkeypatch.setattr(train_cv, "new_training", new_training)
+
+
+@pytest.mark.usefixtures("_wild_steps")
 def test_loss_that_is_not_finite_stops_the_fold(csv, tmp_path, capsys):
-    # the first step throws the weights out of float32's range, the second batch has no finite loss
-    assert train(csv, tmp_path, "--lr", "1e30", "--run-folds", "1") == 2
+    assert train(csv, tmp_path, "--run-folds", "1") == 2  # the second batch has no finite loss
     line = only_error(capsys.readouterr().err)
     assert all(word in line for word in ["fold 1", "epoch 1", "batch 2", "--lr"])
     assert set(contents(tmp_path)) <= {"run.json", "folds.csv"}
 
 
+@pytest.mark.usefixtures("_wild_steps")
 def test_weights_that_blow_up_in_the_last_step_are_not_saved(csv, tmp_path, capsys):
     # one batch holds all training scans: its own loss is fine, and what follows is not
-    assert train(csv, tmp_path, "--lr", "1e30", "--batch", "12", "--epochs", "1", "--run-folds", "0") == 2
+    assert train(csv, tmp_path, "--batch", "12", "--epochs", "1", "--run-folds", "0") == 2
     line = only_error(capsys.readouterr().err)
     assert all(word in line for word in ["fold 0", "epoch 1", "--lr"])
     assert set(contents(tmp_path)) <= {"run.json", "folds.csv"}
@@ -614,6 +688,7 @@ def test_outpath_that_is_a_file(csv, tmp_path, capsys):
 
 def test_checkpoint_of_another_kind_in_the_folder_is_one_line(copy, csv, capsys):
     (copy / "state_dict_f1.pth").write_bytes(b"not a checkpoint")
+    (copy / "predictions.csv").unlink()
     assert train(csv, copy) == 2
     assert "state_dict_f1.pth" in only_error(capsys.readouterr().err)
 

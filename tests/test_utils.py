@@ -2,7 +2,12 @@
 
 import argparse
 import json
+import os
 import random
+import shutil
+import signal
+import subprocess
+import sys
 from pathlib import Path
 
 import nibabel as nib
@@ -15,13 +20,14 @@ from cohorts import AFFINE, OBLIQUE, contents, only_error, read_nifti, read_valu
 import utils
 
 SHAPE = (4, 5, 6)
+ROOT = Path(__file__).resolve().parents[1]
 
 
 # Errors and options ------------------------------------------------------------------------------
 
 
 def test_command_turns_a_mistake_into_one_line(capsys):
-    @utils.command
+    @utils.command("all is saved")
     def main(argv: list[str] | None = None) -> int:
         raise utils.InputError("--batch 0:\n  expected   more")
 
@@ -32,7 +38,7 @@ def test_command_turns_a_mistake_into_one_line(capsys):
 
 
 def test_command_passes_the_status_and_the_arguments():
-    @utils.command
+    @utils.command("all is saved")
     def main(argv: list[str] | None = None) -> int:
         """Say how many."""
         return len(argv or [])
@@ -42,9 +48,65 @@ def test_command_passes_the_status_and_the_arguments():
     assert main.__doc__ == "Say how many."
 
 
+@pytest.mark.parametrize(
+    ("end", "status", "line"),
+    [
+        (utils.Failure("disk\nfull"), 1, "error: disk full\n"),
+        (KeyboardInterrupt(), 130, "interrupted: all is saved\n"),
+    ],
+)
+def test_command_says_in_one_line_how_it_ended(capsys, end, status, line):
+    @utils.command("all is saved")
+    def main(argv: list[str] | None = None) -> int:
+        raise end
+
+    assert main([]) == status
+    assert capsys.readouterr().err == line
+
+
+def test_command_unwinds_on_sigterm_and_restores_its_handler(capsys, tmp_path):
+    before = signal.getsignal(signal.SIGTERM)
+
+    @utils.command("all is saved")
+    def main(argv: list[str] | None = None) -> int:
+        with utils.whole_file(tmp_path / "a.csv") as partial:
+            partial.write_text("half")
+            os.kill(os.getpid(), signal.SIGTERM)
+        return 0
+
+    assert main([]) == 143
+    assert capsys.readouterr().err == "interrupted: all is saved\n"
+    assert contents(tmp_path) == {}
+    assert signal.getsignal(signal.SIGTERM) is before
+
+
+def test_memory_that_does_not_suffice_is_a_failure():
+    with (
+        pytest.raises(utils.Failure, match=r"a batch: out of memory; lower --batch"),
+        utils.enough("a batch", "lower --batch"),
+    ):
+        torch.empty(2**60, dtype=torch.uint8)
+    with pytest.raises(utils.Failure, match=r"a kernel: out of memory"), utils.enough("a kernel", "mask"):
+        np.empty(2**60, np.uint8)
+    with pytest.raises(RuntimeError, match="inconsistent"), utils.enough("a batch", "lower --batch"):
+        torch.ones(2) @ torch.ones(3)
+
+
+def test_random_states_come_back():
+    def draw() -> tuple[float, float, float]:
+        return random.random(), float(np.random.random()), float(torch.rand(()))
+
+    utils.seed_everything(1)
+    states = utils.random_states(torch.device("cpu"))
+    first = draw()
+    assert draw() != first
+    utils.restore_random(states, torch.device("cpu"))
+    assert draw() == first
+
+
 @pytest.mark.parametrize("fault", [ValueError, KeyError, RuntimeError, FileNotFoundError])
 def test_command_lets_a_fault_of_the_program_through(fault):
-    @utils.command
+    @utils.command("all is saved")
     def main(argv: list[str] | None = None) -> int:
         raise fault("deep inside")
 
@@ -146,14 +208,14 @@ def test_seed_sets_every_generator():
 
 
 def test_whole_file_appears_at_the_end_only(tmp_path):
-    path = tmp_path / "new" / "map.nii.gz"
+    path = tmp_path / "map.nii.gz"
     with utils.whole_file(path) as partial:
         assert partial.parent == path.parent
         assert partial.name.endswith(".nii.gz")
         partial.write_text("half")
         assert not path.exists()
         partial.write_text("whole")
-    assert contents(tmp_path) == {"new/map.nii.gz": b"whole"}
+    assert contents(tmp_path) == {"map.nii.gz": b"whole"}
 
 
 def test_whole_file_is_cleaned_after_an_error_and_the_old_one_survives(tmp_path):
@@ -174,9 +236,84 @@ def test_whole_file_is_cleaned_after_an_error_and_the_old_one_survives(tmp_path)
 
 
 def test_whole_file_that_nobody_writes_is_an_error(tmp_path):
-    with pytest.raises(FileNotFoundError), utils.whole_file(tmp_path / "a.csv"):
+    with pytest.raises(RuntimeError, match="nothing was written"), utils.whole_file(tmp_path / "a.csv"):
         pass
     assert contents(tmp_path) == {}
+
+
+def test_whole_file_in_a_folder_that_is_gone_is_a_failure(tmp_path):
+    folder = tmp_path / "models"
+    folder.mkdir()
+
+    def write() -> None:
+        with utils.whole_file(folder / "a.csv") as partial:
+            shutil.rmtree(folder)
+            partial.write_text("whole")
+
+    for _ in range(2):  # while it is written, and before
+        with pytest.raises(utils.Failure, match=r"a\.csv: cannot be written \(No such file"):
+            write()
+    assert not folder.exists()
+
+
+# A process that says "held" once it holds a lock, forks a child that lives on as data loaders do, and waits.
+HOLDER = """
+import os, sys, time, utils
+from pathlib import Path
+with utils.locked(Path(sys.argv[1])):
+    if os.fork() == 0:
+        sys.stdout.close()
+        time.sleep(60)
+    print("held", os.getpid(), flush=True)
+    time.sleep(60)
+"""
+
+
+def test_lock_is_released_when_its_holder_is_killed(tmp_path):
+    lock = tmp_path / "lock"
+    with subprocess.Popen(
+        [sys.executable, "-c", HOLDER, str(lock)], cwd=ROOT, stdout=subprocess.PIPE, start_new_session=True
+    ) as holder:
+        assert holder.stdout is not None
+        assert holder.stdout.readline().startswith(b"held")
+        with pytest.raises(BlockingIOError), utils.locked(lock, wait=False):
+            pass
+        holder.kill()
+        holder.wait()
+        with utils.locked(lock, wait=False):  # though the child is still there
+            assert lock.exists()
+        os.killpg(holder.pid, signal.SIGKILL)
+    assert not lock.exists()
+
+
+def test_locks_of_many_processes_exclude_each_other(tmp_path):
+    """Four processes add one to a number, a hundred times each; the lock file comes and goes meanwhile."""
+    number, lock = tmp_path / "number", tmp_path / "lock"
+    number.write_text("0")
+    program = "import sys, utils; from pathlib import Path; number, lock = map(Path, sys.argv[1:])\n"
+    program += "for _ in range(100):\n with utils.locked(lock):\n"
+    program += "  number.write_text(str(int(number.read_text()) + 1))"
+    command = [sys.executable, "-c", program, str(number), str(lock)]
+    others = [subprocess.Popen(command, cwd=ROOT) for _ in range(4)]
+    assert [other.wait() for other in others] == [0] * 4
+    assert number.read_text() == "400"
+    assert not lock.exists()
+
+
+def test_leftovers_go_unless_they_are_being_written(tmp_path):
+    for name in (".partial-a.csv", ".partial-b.csv", ".partial-other.txt", "a.csv"):
+        (tmp_path / name).write_text("half")
+    with utils.locked(tmp_path / ".partial-b.csv"):
+        utils.remove_leftovers(tmp_path, ["*.csv"])
+        assert set(contents(tmp_path)) == {".partial-b.csv", ".partial-other.txt", "a.csv"}
+
+
+def test_tensors_have_the_same_bytes_under_any_name(tmp_path):
+    record = {"weight": torch.arange(5.0), "epoch": 3}
+    for name in ("a.pth", "b.pth"):
+        utils.write_tensors(record, tmp_path / name)
+    assert (tmp_path / "a.pth").read_bytes() == (tmp_path / "b.pth").read_bytes()
+    assert torch.load(tmp_path / "a.pth", weights_only=True)["epoch"] == 3
 
 
 def test_csv_keeps_every_digit(tmp_path):
@@ -283,12 +420,10 @@ def test_outpath_that_is_or_lies_below_a_file_is_refused(tmp_path):
 
 def test_overwrite_removes_the_suites_files_only(tmp_path):
     fill(tmp_path, IDENTITY)
-    utils.start_folder(tmp_path, PATTERNS, overwrite=False)
+    utils.start_folder(tmp_path, "run.json", IDENTITY, PATTERNS, overwrite=False)
     assert len(contents(tmp_path)) == 5
-    utils.start_folder(tmp_path, PATTERNS, overwrite=True)
+    utils.start_folder(tmp_path, "run.json", IDENTITY, PATTERNS, overwrite=True)
     assert set(contents(tmp_path)) == {"notes.txt", "subjects/other.txt"}
-    utils.start_folder(tmp_path / "new" / "one", PATTERNS, overwrite=True)
-    assert (tmp_path / "new" / "one").is_dir()
 
 
 def test_choose_folds():

@@ -2,6 +2,7 @@
 # make demo-null  the same people without any planted loss: what is left is chance
 # make bench      speed and memory against the published way, about 20 minutes; bench-quick: 2 minutes
 # make slopes     how time and memory grow with subjects, steps and voxels, about 10 minutes
+# make torture    kills training, maps and a job array at random moments, and compares, about 8 minutes
 # make test       all tests
 # make lint       formatting, rules and types
 # Each creates what it needs in .venv first.
@@ -16,7 +17,7 @@ COHORT = --subjects 80 --voxel 2 --severity 2 --seed $(SEED)
 TRAIN := --model modelB8 --lr 1e-3 --wd 1e-3 --batch 4 --epochs 16 --patience 12
 # method + baseline
 MAPS := LRP+zero GGC+zero IG+zero IG+controls
-.PHONY: demo demo-null bench bench-quick slopes test lint clean
+.PHONY: demo demo-null bench bench-quick slopes torture test lint clean
 
 demo demo-null: .venv/run
 	$(PY) simulate.py --outpath $(DEMO)/cohort $(COHORT) --overwrite
@@ -40,6 +41,9 @@ bench-quick: .venv/run
 
 slopes: .venv/run
 	$(PY) bench/slopes.py
+
+torture: .venv/run
+	$(PY) bench/torture.py
 
 test: .venv/dev
 	$(PY) -m pytest

@@ -437,6 +437,7 @@ OPTIONS += [
         ("train_cv", "--precision fp16", ["fp32", "bf16"], ""),
         ("train_cv", "--cache tape", ["ram", "disk"], ""),
         ("train_cv", "--epoch 3", ["unrecognized"], ""),
+        ("train_cv", "--folds 3", ["unrecognized"], ""),
         ("train_cv", "--path", ["argument"], " without a value"),
         ("train_cv", "data.csv", ["unrecognized"], " without its option"),
         ("heatmap", "--method GradCAM", ["'GradCAM'", "LRP", "IG", "GGC"], ""),
@@ -548,6 +549,8 @@ CHECKPOINTS += [
         ["state_dict_f0.pth", "features.0.weight"], "--model modelB3 --fold 2"),
     Row("checkpoint: published, fewer than folds", "heatmap", both(remove(RECORD), csv(listed(PLAIN))),
         ["state_dict_f2.pth", "no such checkpoint"], f"--model {MODEL} --fold 3"),
+    Row("checkpoint: published, unknown network", "heatmap", both(remove(RECORD), csv(listed(PLAIN))),
+        ["--model", "modelX2", "A-D"], "--model modelX2 --fold 2"),
     Row("checkpoint: published, scans too small", "heatmap", both(remove(RECORD), csv(listed(PLAIN))),
         ["--model", "112x112x112", "94x95x96"], "--model modelC2 --fold 2"),
 ]  # fmt: skip

@@ -48,7 +48,7 @@ SUBJECT_COLUMNS = ["fold", *dataset.COLUMNS, "predicted", "target", "prob_target
 def get_parser() -> argparse.ArgumentParser:
     """The options of this command."""
     parser = utils.ArgumentParser(__doc__)
-    whole, real = utils.number(int, at_least=1), utils.number(float, at_least=0)
+    whole = utils.number(int, at_least=1)
     add = parser.add_argument
     add("--method", choices=METHODS, required=True, help="how the networks are explained")
     add("--path", type=Path, metavar="CSV", help="list of scans (default: the run's)")
@@ -70,7 +70,12 @@ def get_parser() -> argparse.ArgumentParser:
         default="zero",
         help="IG: a black image, or the training controls' mean",
     )
-    add("--beta", type=real, default=0.5, help="LRP: weight of inhibiting contributions")
+    add(
+        "--beta",
+        type=utils.number(float, at_least=0, at_most=100),
+        default=0.5,
+        help="LRP: weight of inhibiting contributions",
+    )
     add("--save-subjects", action="store_true", help="also write the map of every scan")
     add("--overwrite", action="store_true", help="remove earlier maps of this method first")
     return parser

@@ -45,7 +45,7 @@ COLOURS = ["#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#0
 def get_parser() -> argparse.ArgumentParser:
     """The options of this command."""
     parser = utils.ArgumentParser(__doc__)
-    length = utils.number(float, at_least=0)
+    length = utils.number(float, at_least=0, at_most=100)
     add = parser.add_argument
     add("--maps", type=Path, default=Path("heatmaps"), metavar="DIR", help="holds the METHOD folders")
     add("--reference", type=Path, required=True, metavar="NIFTI", help="where the maps should be large")

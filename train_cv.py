@@ -47,7 +47,7 @@ def get_parser() -> argparse.ArgumentParser:
     add("--batch", type=whole, default=5, help="scans per training step")
     add("--fold", type=utils.number(int, at_least=2), default=5, help="number of folds")
     add("--lr", type=utils.number(float, above=0, at_most=1), default=1e-4, help="learning rate of Adam")
-    add("--wd", type=real, default=1e-4, help="weight decay of Adam")
+    add("--wd", type=utils.number(float, at_least=0, at_most=1), default=1e-4, help="weight decay of Adam")
     add("--epochs", type=whole, default=200, help="at most so many epochs")
     add("--patience", type=whole, default=10, help="stop after so many epochs without improvement")
     add("--delta", type=real, default=0.0, help="smallest fall of the validation loss that counts")
@@ -261,6 +261,18 @@ class Fold:
         """Whether its training ended."""
         return self.checkpoint.exists() and self.history.exists()
 
+    def check(self, model: models.CNN3d) -> None:
+        """Raise InputError where it is finished, but its files are not as they were written."""
+        if not self.finished:
+            return
+        models.load_weights(model, self.checkpoint, torch.device("cpu"))
+        try:
+            columns = list(pd.read_csv(self.history, dtype=float).columns)
+        except (OSError, ValueError) as problem:
+            raise utils.InputError(f"{self.history}: cannot be read ({problem})") from problem
+        if columns != HISTORY:
+            raise utils.InputError(f"{self.history}: has the columns {columns}, expected {HISTORY}")
+
     def kept(self) -> bool:
         """Whether it was finished before, which is said."""
         if self.finished:
@@ -366,11 +378,14 @@ def main(argv: list[str] | None = None) -> int:
     table = dataset.read_csv(args.path)
     folds = dataset.make_folds(table, args.fold, args.split, args.val_fraction, args.seed)
     grid = dataset.check_grid(table)
-    models.require_model(args.model, grid.shape)
+    model = models.require_model(args.model, grid.shape)
     options = {name: value for name, value in vars(args).items() if name not in INCIDENTAL}
     identity = {"csv_sha256": utils.sha256(args.path), "grid": grid.record(), "arguments": options}
     about = {"csv": str(args.path.resolve()), "model": args.model, "seed": args.seed}
-    utils.check_folder(args.outpath, "run.json", identity, WRITTEN, args.overwrite)
+    every = [Fold(args.outpath, number) for number in range(args.fold)]
+    if utils.check_folder(args.outpath, "run.json", identity, WRITTEN, args.overwrite):
+        for fold in every:
+            fold.check(model)
     scans = dataset.open_scans(table, grid, args.cache, args.outpath / "cache", args.workers)
     load = partial(make_loader, scans, folds, batch=args.batch, workers=args.workers, seed=args.seed)
 
@@ -378,7 +393,6 @@ def main(argv: list[str] | None = None) -> int:
     memory = utils.enough(work, "lower --batch, or take fewer filters")
     with utils.claimed(args.outpath, [f"fold {fold}" for fold in chosen]), memory:
         start_run(args.outpath, identity, about, folds, args.overwrite)
-        every = [Fold(args.outpath, number) for number in range(args.fold)]
         for number in chosen:
             if every[number].kept():
                 continue

@@ -25,10 +25,8 @@ from cohorts import (
     load_network,
     load_volume,
     only_error,
-    voxels,
     write_cohort,
     write_csv,
-    write_scan,
 )
 from torch.utils.data import DataLoader
 
@@ -39,7 +37,6 @@ import train_cv
 import utils
 
 ROOT = Path(train_cv.__file__).parent
-BEYOND = str(torch.cuda.device_count())  # the first GPU that is not there; 0 where there is none
 K = 2
 FAST = ["--model", MODEL, "--device", "cpu", "--batch", "2", "--fold", str(K), "--lr", "1e-3"]
 FAST += ["--epochs", "2", "--val-fraction", "0.34", "--seed", "3"]
@@ -412,14 +409,6 @@ def test_other_scans_are_refused(run, csv, capsys):
     assert contents(run) == before
 
 
-def test_results_without_a_record_are_not_written_over(copy, csv, capsys):
-    (copy / "run.json").unlink()
-    before = contents(copy)
-    assert train(csv, copy) == 2
-    assert "--overwrite" in only_error(capsys.readouterr().err)
-    assert contents(copy) == before
-
-
 def test_overwrite_starts_afresh_and_leaves_other_files(copy, csv):
     (copy / "notes.txt").write_text("mine")
     (copy / "state_dict_f4.pth").write_text("of a run of five folds")
@@ -582,115 +571,6 @@ def test_loader_shuffles_training_and_nothing_else(csv):
 
 
 # Mistakes ----------------------------------------------------------------------------------------
-
-
-def bad_csv(kind: str, csv: Path, folder: Path) -> Path:
-    """A CSV of good scans and one mistake."""
-    scans = csv.parent / "scans"
-    rows: list[tuple[object, ...]] = [(scans / f"{i:03d}.nii", label) for i, label in enumerate(LABELS)]
-    values = voxels(0).astype(np.float32)
-    if kind == "no-csv":
-        return folder / "no.csv"
-    if kind == "empty":
-        rows = []
-    elif kind == "label":
-        rows[3] = (rows[3][0], 2)
-    elif kind == "one-class":
-        rows = [(path, 0) for path, _ in rows]
-    elif kind == "missing":
-        rows[3] = (folder / "missing.nii", 1)
-    elif kind == "shape":
-        rows[3] = (write_scan(folder / "shape.nii", values[:-1]), 1)
-    elif kind == "affine":
-        rows[3] = (write_scan(folder / "affine.nii", values, np.eye(4)), 1)
-    elif kind == "constant":
-        rows[3] = (write_scan(folder / "constant.nii", np.full_like(values, 7)), 1)
-    elif kind == "nan":
-        values[9, 9, 9] = np.nan
-        rows[3] = (write_scan(folder / "nan.nii", values), 1)
-    return write_csv(folder / f"{kind}.csv", rows)
-
-
-@pytest.mark.parametrize(
-    ("kind", "words"),
-    [
-        ("no-csv", ["no.csv", "no such CSV"]),
-        ("empty", ["empty.csv"]),
-        ("label", ["label.csv", "row 4", "'2'", "0 or 1"]),
-        ("one-class", ["12 of label 0", "0 of label 1"]),
-        ("missing", ["1 of 12", "missing.nii", "no such file"]),
-        ("shape", ["1 of 12", "shape.nii", "(93, 95, 96)", "(94, 95, 96)"]),
-        ("affine", ["1 of 12", "affine.nii", "affine"]),
-        ("constant", ["1 of 12", "constant.nii", "constant", "7"]),
-        ("nan", ["1 of 12", "nan.nii", "NaN"]),
-    ],
-)
-@pytest.mark.parametrize("cache", ["auto", "disk"])
-def test_bad_cohort(csv, tmp_path, capsys, kind, words, cache):
-    bad = bad_csv(kind, csv, tmp_path)
-    assert train(bad, tmp_path / "out", "--cache", cache) == 2
-    line = only_error(capsys.readouterr().err)
-    assert all(word in line for word in words), line
-    assert not (tmp_path / "out").exists()
-
-
-@pytest.mark.parametrize(
-    ("options", "words"),
-    [
-        (["--model", "modelE24"], ["--model", "modelE24", "A-D"]),
-        (["--model", "modelB0"], ["--model", "modelB0"]),
-        (["--model", "modelA2"], ["--model", "modelA2", "110x110x110", "94x95x96"]),
-        (["--device", BEYOND], [f"--device {BEYOND}"]),
-        (["--device", "tpu"], ["--device tpu"]),
-        (["--fold", "1"], ["--fold", "'1'", ">= 2"]),
-        (["--fold", "7"], ["7 stratified folds"]),
-        (["--batch", "0"], ["--batch", "'0'", ">= 1"]),
-        (["--batch", "2.5"], ["--batch", "'2.5'"]),
-        (["--lr", "0"], ["--lr", "'0'", "> 0"]),
-        (["--lr", "nan"], ["--lr", "'nan'"]),
-        (["--wd", "-1"], ["--wd"]),
-        (["--epochs", "0"], ["--epochs", "'0'"]),
-        (["--patience", "0"], ["--patience", "'0'"]),
-        (["--val-fraction", "1"], ["--val-fraction", "'1'"]),
-        (["--val-fraction", "0.01"], ["--val-fraction 0.01"]),
-        (["--run-folds", "9"], ["--run-folds 9", "0 to 1"]),
-        (["--run-folds", "-1"], ["--run-folds"]),
-        (["--split", "random"], ["--split", "stratified", "contiguous"]),
-        (["--split", "contiguous"], ["contiguous", "subject 007"]),
-        (["--precision", "fp16"], ["--precision", "fp32", "bf16"]),
-        (["--cache", "tape"], ["--cache", "ram", "disk"]),
-        (["--seed", "-1"], ["--seed"]),
-        (["--seed", "4294967296"], ["--seed", "4294967296"]),
-        (["--epoch", "3"], ["--epoch"]),
-        (["--folds", "3"], ["--folds"]),
-    ],
-)
-def test_bad_option(csv, tmp_path, capsys, options, words):
-    assert train(csv, tmp_path / "out", *options) == 2
-    captured = capsys.readouterr()
-    line = only_error(captured.err)
-    assert all(word in line for word in words), line
-    assert not (tmp_path / "out").exists()
-
-
-def test_path_is_required(capsys):
-    assert train_cv.main([]) == 2
-    assert "--path" in only_error(capsys.readouterr().err)
-
-
-def test_outpath_that_is_a_file(csv, tmp_path, capsys):
-    (tmp_path / "out").write_text("mine")
-    for outpath in (tmp_path / "out", tmp_path / "out" / "below"):
-        assert train(csv, outpath) == 2
-        assert "--outpath" in only_error(capsys.readouterr().err)
-    assert contents(tmp_path) == {"out": b"mine"}
-
-
-def test_checkpoint_of_another_kind_in_the_folder_is_one_line(copy, csv, capsys):
-    (copy / "state_dict_f1.pth").write_bytes(b"not a checkpoint")
-    (copy / "predictions.csv").unlink()
-    assert train(csv, copy) == 2
-    assert "state_dict_f1.pth" in only_error(capsys.readouterr().err)
 
 
 def test_as_a_script(tmp_path):

@@ -1,7 +1,7 @@
 # make demo       a cohort, five networks, their maps, an SVM, and how all agree with the truth: under demo/
 # make demo-null  the same people without any planted loss: what is left is chance
-# make bench      speed and memory against the published way, about 20 minutes; bench-quick: 2 minutes
-# make slopes     how time and memory grow with subjects, steps and voxels, about 10 minutes
+# make bench      speed and memory against the published way, about 17 minutes; bench-quick: 2 minutes
+# make slopes     how time and memory grow with subjects, steps and voxels, and the comparison at 1 mm, about 20 minutes
 # make torture    kills training, maps and a job array at random moments, and compares, about 8 minutes
 # make test       all tests
 # make lint       formatting, rules and types

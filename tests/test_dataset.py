@@ -121,7 +121,7 @@ def test_csv_errors(tmp_path, text, words):
 def test_csv_error_missing_folder_or_not_text(tmp_path):
     with pytest.raises(InputError, match=r"none\.csv: no such"):
         dataset.read_csv(tmp_path / "none.csv")
-    with pytest.raises(InputError, match="cannot be read as a CSV"):
+    with pytest.raises(InputError, match="is a folder, expected a CSV"):
         dataset.read_csv(tmp_path)
     with pytest.raises(InputError, match="cannot be read as a CSV"):
         read_text(tmp_path, "é.nii,0\n", encoding="latin-1")
@@ -204,8 +204,8 @@ def break_scan(kind: str, folder: Path) -> str:
         ("folder", ["is a folder"]),
         ("text", ["not a NIfTI image"]),
         ("empty", ["not a NIfTI image"]),
-        ("truncated", ["not a NIfTI image"]),
-        ("analyze", ["not a NIfTI image", "Analyze"]),
+        ("truncated", ["cannot be read", "ended"]),
+        ("analyze", ["not a NIfTI image", ".nii.gz"]),
         ("volumes", ["one 3D volume", "(5, 6, 7, 2)"]),
         ("slice", ["one 3D volume", "(5, 6)"]),
         ("turned", ["shape (6, 5, 7)", "first scan", "(5, 6, 7)"]),

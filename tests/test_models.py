@@ -213,7 +213,7 @@ def test_other_files(tmp_path, content: bytes):
 
 
 def test_folder(tmp_path):
-    assert "not a PyTorch state dict" in refusal(tmp_path)
+    assert "is a folder, expected a checkpoint" in refusal(tmp_path)
 
 
 def test_other_width(trained, tmp_path):

@@ -26,8 +26,8 @@ COLUMNS = ["path", "label", "subject"]
 CACHES = ("auto", "ram", "disk", "none")
 SCALING = "min-max, float32"
 SHOWN = 20  # bad scans named in one message
-# of a list of scans: beyond these it is something else, and no memory is spent on it
-CSV_SIZE, MOST_ROWS, LONGEST_LINE = 2**25, 500_000, 2**16
+# of a list of scans: twice as many as UK Biobank has; what is larger is something else, and not read
+CSV_SIZE, MOST_ROWS, LONGEST_LINE = 2**25, 200_000, 2**16
 
 
 # The CSV -----------------------------------------------------------------------------------------
@@ -52,7 +52,7 @@ def read_csv(path: Path) -> pd.DataFrame:
 
 
 def read_rows(file: Path) -> Iterator[list[str]]:
-    """The rows of a CSV in UTF-8, one at a time, without the blank ones; cells without spaces around.
+    """The rows of a CSV in UTF-8, one at a time, without the blank ones.
 
     Raises:
         utils.InputError: no such file, or no such text; said when the iteration gets there.
@@ -60,10 +60,8 @@ def read_rows(file: Path) -> Iterator[list[str]]:
     utils.file_size(file, "CSV")
     try:
         with file.open(encoding="utf-8-sig") as stream:  # \r\n and \r become \n
-            for row in csv.reader(_lines(stream), skipinitialspace=True, strict=True):
-                cells = [cell.strip() for cell in row]
-                if cells not in ([], [""]):
-                    yield cells
+            rows = csv.reader(_lines(stream), skipinitialspace=True, strict=True)
+            yield from (row for row in rows if row not in ([], [""]))
     except (OSError, UnicodeError, csv.Error) as problem:
         raise utils.InputError(f"cannot be read as a CSV ({problem})") from problem
 
@@ -87,7 +85,7 @@ def _read_cells(file: Path) -> pd.DataFrame:
         raise utils.InputError(f"is larger than {CSV_SIZE >> 20} MiB; expected a list of scans")
     rows = read_rows(file)
     first = next(rows, [])
-    header = [name.lower() for name in first]
+    header = [name.strip().lower() for name in first]
     named = "path" in header or "label" in header
     if named and not ({"path", "label"} <= set(header) and len(set(header)) == len(header)):
         raise utils.InputError(f"the header needs 'path' and 'label', once each; it has {header}")
@@ -104,7 +102,7 @@ def _read_cells(file: Path) -> pd.DataFrame:
             wrong = f"more than {MOST_ROWS} rows" if number > MOST_ROWS else f"row {number}: {len(row)} cells"
             raise utils.InputError(f"{wrong}, expected {len(names)} in a row")
         for column, place in zip(cells.values(), places, strict=True):
-            column.append(row[place] if place < len(row) else "")
+            column.append(row[place].strip() if place < len(row) else "")
     if not cells["path"]:
         raise utils.InputError("holds no scans")
     table = pd.DataFrame(cells, index=range(1 + named, number + 1), dtype=str)
@@ -359,7 +357,7 @@ def make_folds(table: pd.DataFrame, k: int, split: str, val_fraction: float, see
         )
     folds = []
     for fold, test in enumerate(SPLITS[split](table, names, labels, k, seed)):
-        rest = np.flatnonzero(~np.isin(names, test))
+        rest = np.flatnonzero(~subjects.index.isin(test))  # np.isin compares every pair of texts
         val = names[_validation(rest, labels[rest], val_fraction, seed)] if val_fraction else []
         role = np.where(table["subject"].isin(test), "test", "train")
         role[table["subject"].isin(val)] = "val"

@@ -75,6 +75,10 @@ def _recorded_run(modelpath: Path, csv: Path | None, model: str | None, k: int |
         raise utils.InputError(f"--fold {k}: {modelpath} was trained with {trained_k} folds")
     csv = csv or trained_csv
     table = dataset.read_csv(csv)
+    if trained_k > len(table):
+        raise utils.InputError(
+            f"{modelpath / 'run.json'}: is damaged: {trained_k} folds of {len(table)} scans"
+        )
     if utils.sha256(csv) != digest:
         raise utils.InputError(f"{csv}: is not the CSV that {modelpath} was trained on; its content changed")
     grid = dataset.check_grid(table)

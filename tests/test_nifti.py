@@ -43,9 +43,7 @@ def refusal(path: Path) -> str:
 
 @pytest.mark.parametrize("name", ["a.nii", "a.nii.gz", "A.NII.GZ"])
 @pytest.mark.parametrize("image_class", [nib.Nifti1Image, nib.Nifti2Image])
-@pytest.mark.parametrize(
-    "dtype", [np.uint8, np.int16, np.uint16, np.int64, np.float32, np.float64, ">f4", ">i2"]
-)
+@pytest.mark.parametrize("dtype", [np.uint8, np.int16, np.uint32, np.float32, np.float64, ">f4", ">i2"])
 def test_reads_what_nibabel_reads(tmp_path, name, image_class, dtype):
     values = (1000 * white(SHAPE, 0)).clip(0, 255).astype(dtype)
     path = write_scan(tmp_path / name, values, OBLIQUE, image_class)

@@ -3,6 +3,7 @@
 # make bench      speed and memory against the published way, about 20 minutes; bench-quick: 2 minutes
 # make slopes     how time and memory grow with subjects, steps and voxels, about 10 minutes
 # make test       all tests
+# make fuzz       random damage to every file that is read: a result or a clear error; about 10 minutes
 # make lint       formatting, rules and types
 # Each creates what it needs in .venv first.
 
@@ -16,7 +17,7 @@ COHORT = --subjects 80 --voxel 2 --severity 2 --seed $(SEED)
 TRAIN := --model modelB8 --lr 1e-3 --wd 1e-3 --batch 4 --epochs 16 --patience 12
 # method + baseline
 MAPS := LRP+zero GGC+zero IG+zero IG+controls
-.PHONY: demo demo-null bench bench-quick slopes test lint clean
+.PHONY: demo demo-null bench bench-quick slopes test fuzz lint clean
 
 demo demo-null: .venv/run
 	$(PY) simulate.py --outpath $(DEMO)/cohort $(COHORT) --overwrite
@@ -43,6 +44,9 @@ slopes: .venv/run
 
 test: .venv/dev
 	$(PY) -m pytest
+
+fuzz: .venv/dev
+	$(PY) -m pytest tests/test_fuzz.py --hypothesis-profile=long --hypothesis-show-statistics
 
 lint: .venv/dev
 	.venv/bin/ruff format --check .

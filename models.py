@@ -17,7 +17,7 @@ import zlib
 from collections.abc import Iterator
 from math import prod
 from pathlib import Path
-from typing import IO, Any, NamedTuple, cast
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
@@ -39,6 +39,8 @@ LAYOUT = torch.channels_last_3d  # the channels of a voxel side by side: the fas
 
 # what torch.load raises on files that torch.save did not write, or that hold more than tensors
 UNREADABLE = (
+    zipfile.BadZipFile,
+    zlib.error,
     pickle.UnpicklingError,
     struct.error,
     AssertionError,
@@ -50,6 +52,7 @@ UNREADABLE = (
     TypeError,
     AttributeError,
 )
+ZIP = b"PK\3\4"
 FLOATS = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
 INTEGERS = (torch.int64, torch.int32)
 TENSOR_NAMES = (  # what a pickled state dict refers to
@@ -183,9 +186,9 @@ def load_weights(model: CNN3d, path: Path, device: torch.device) -> CNN3d:
     """
     expected = model.state_dict()
     with utils.naming(path):
-        _check_checkpoint(path, sum(values.nbytes for values in expected.values()))
         try:
-            state = torch.load(path, map_location="cpu", weights_only=True)
+            content = _read_checkpoint(path, sum(values.nbytes for values in expected.values()))
+            state = torch.load(content, map_location="cpu", weights_only=True)
         except UNREADABLE as problem:
             raise utils.InputError(f"not a PyTorch state dict ({type(problem).__name__})") from problem
         if not isinstance(state, dict) or state.keys() != expected.keys():
@@ -196,34 +199,37 @@ def load_weights(model: CNN3d, path: Path, device: torch.device) -> CNN3d:
     return model.to(device).eval()
 
 
-def _check_checkpoint(path: Path, needed: int) -> None:
-    """Raise InputError where a checkpoint, or what it unpacks to, is too large for `needed` bytes of weights.
+def _read_checkpoint(path: Path, needed: int) -> io.BytesIO:
+    """A checkpoint's content, as long as neither it nor what it unpacks to is too large for the weights.
 
-    Also where it asks for more than tensors: what weights_only allows has `bytearray`, of any length.
+    Args:
+        needed: bytes of the model's weights.
+
+    Raises:
+        utils.InputError: too large, or it asks for more than tensors: `weights_only` allows a `bytearray`
+            of any length, for one.
     """
-    room = 4 * needed + 2**20  # weights may be stored in float64, and beside others
+    room = 4 * needed + 2**20  # weights may be stored in float64, and beside other things
     if utils.file_size(path, "checkpoint") > room:
         raise utils.InputError(f"not a PyTorch state dict of this model: larger than {room} bytes")
-    try:
-        with path.open("rb") as stream:
-            if stream.read(4) == b"PK\3\4":
-                with zipfile.ZipFile(stream) as archive:
-                    if sum(entry.file_size for entry in archive.infolist()) > room:
-                        raise utils.InputError(
-                            f"not a PyTorch state dict of this model: unpacks to over {room}"
-                        )
-                    pickles = [archive.read(name) for name in archive.namelist() if name.endswith(".pkl")]
-                    for content in pickles:
-                        _check_pickle(io.BytesIO(content))
-            else:
-                stream.seek(0)
-                for _ in range(5):  # magic number, protocol, machine, tensors, storages; the data follow
-                    _check_pickle(stream)
-    except (*UNREADABLE, zipfile.BadZipFile, zlib.error) as problem:
-        raise utils.InputError(f"not a PyTorch state dict ({type(problem).__name__})") from problem
+    content = io.BytesIO(path.read_bytes())  # from a file, a pickle could ask for a text of any length
+    if content.getvalue().startswith(ZIP):
+        with zipfile.ZipFile(content) as archive:
+            if sum(entry.file_size for entry in archive.infolist()) > room:
+                raise utils.InputError(
+                    f"not a PyTorch state dict of this model: unpacks to over {room} bytes"
+                )
+            for name in archive.namelist():
+                if name.endswith(".pkl"):
+                    _check_pickle(io.BytesIO(archive.read(name)))
+    else:
+        for _ in range(5):  # magic number, protocol, machine, tensors, storages; the numbers follow
+            _check_pickle(content)
+    content.seek(0)
+    return content
 
 
-def _check_pickle(stream: IO[bytes]) -> None:
+def _check_pickle(stream: io.BytesIO) -> None:
     """Read one pickle's instructions, without following them; InputError for a name that no weights need."""
     for instruction, name, _ in pickletools.genops(stream):
         if instruction.name == "GLOBAL" and not re.fullmatch(TENSOR_NAMES, str(name)):

@@ -256,6 +256,7 @@ def save_figure(table: pd.DataFrame, ranked: pd.DataFrame, curves: dict[str, Any
     import matplotlib
 
     matplotlib.use("Agg")
+    matplotlib.rcParams["text.parse_math"] = False  # a METHOD is the name of a folder, $ is a letter of it
     import matplotlib.pyplot as plt
 
     names = [name for name in ranked["method"] if name in curves and name != "edges"]

@@ -30,6 +30,31 @@ def test_command_turns_a_mistake_into_one_line(capsys):
     assert captured.out == ""
 
 
+@pytest.mark.parametrize(
+    ("text", "line"),
+    [
+        ("a\n b\t  c", "a b c"),
+        ("\x1b[31mred\x07", "\\x1b[31mred\\x07"),
+        ("\u202egnp.exe", "\\u202egnp.exe"),
+        ("\udcff", "\\udcff"),
+        ("süß 脳 {0} %s", "süß 脳 {0} %s"),
+    ],
+)
+def test_what_is_shown_is_harmless(text, line):
+    assert utils.printable(text) == line
+
+
+def test_what_is_shown_is_not_endless():
+    assert len(utils.printable("x" * 10**6)) < 2 * utils.LONGEST
+
+
+def test_naming_puts_a_name_in_front_of_a_mistake_alone():
+    with pytest.raises(utils.InputError, match="^--mask a: is empty$"), utils.naming("--mask a"):
+        raise utils.InputError("is empty")
+    with pytest.raises(ValueError, match="^a fault$"), utils.naming("--mask a"):
+        raise ValueError("a fault")
+
+
 def test_command_passes_the_status_and_the_arguments():
     @utils.command
     def main(argv: list[str] | None = None) -> int:
@@ -192,13 +217,30 @@ def test_json_round_trip(tmp_path):
     assert utils.read_json(tmp_path / "run.json") == record
 
 
-@pytest.mark.parametrize("content", [None, b"", b"{", b"[1]", b"\xff\xfe"])
+DEEP, LONG = b'{"a":' * 10**5, b'{"a": ' + b"1" * 5000 + b"}"
+
+
+@pytest.mark.parametrize("content", [None, b"", b"{", b"[1]", b"\xff\xfe", DEEP, LONG])
 def test_json_errors(tmp_path, content):
     path = tmp_path / "run.json"
     if content is not None:
         path.write_bytes(content)
     with pytest.raises(utils.InputError, match=r"run\.json.*JSON"):
         utils.read_json(path)
+
+
+def test_json_of_no_sensible_size(tmp_path):
+    (tmp_path / "run.json").write_text("{}" + " " * utils.RECORD_SIZE)
+    with pytest.raises(utils.InputError, match=r"run\.json: is no record of a run"):
+        utils.read_json(tmp_path / "run.json")
+
+
+def test_recorded():
+    assert utils.recorded({"k": 3}, "k", int, lambda k: k > 2) == 3
+    assert utils.recorded({"k": 0.5}, "k", (int, float)) == 0.5
+    for record in ({}, {"k": True}, {"k": "3"}, {"k": None}, {"k": 2}, {"k": [3] * 10**6}, [], None, "k"):
+        with pytest.raises(utils.InputError, match="^is damaged: 'k' is .{1,60}$"):
+            utils.recorded(record, "k", int, lambda k: k > 2)
 
 
 def test_sha256(tmp_path):

@@ -134,7 +134,7 @@ def test_csv_error_missing_folder_or_not_text(tmp_path):
         ('a.nii,0\n"b.nii,1\nc.nii,0\n', "cannot be read as a CSV (unexpected end of data)"),
         ('"a.nii"x,0\n', "cannot be read as a CSV"),
         ("a.nii,0\n" + "b" * 2**16 + ",1\n", "line 2 has more than 65536 characters"),
-        ("a.nii,0,1,2\n" * 3, "found 4"),
+        ("a.nii,0,1,2\n" * 3, "expected two columns (path, label), or a header; found 4"),
         ("a.nii,0\nb.nii,1,2\n", "row 2: 3 cells, expected 2 in a row"),
         ("a.nii,0\n" + "b" * 300 + "/c.nii,1\n", None),
     ],

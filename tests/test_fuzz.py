@@ -75,8 +75,8 @@ def patch(raw: bytes, changes: list[tuple[int, bytes]]) -> bytes:
 
 FRAGMENTS = [
     "path", "label", "subject", "a.nii", "0", "1", "~", "~x/a", "..", "/", "é", '"', ",", ",", ",", "\n",
-    "\n", "\n", "\r", " ", "\0", "\t", "\u2028", "\ufeff", "a" * 300, "$(x)", "{0}", "%s", "\x1b[31m", "NA", "1e5",
-    "'", "0,1\n",
+    "\n", "\n", "\r", " ", "\0", "\t", "\u2028", "\ufeff", "a" * 300, "$(x)", "{0}", "%s", "\x1b[31m", "NA",
+    "1e5", "'", "0,1\n",
 ]  # fmt: skip
 TEXTS = st.lists(st.sampled_from(FRAGMENTS), max_size=30).map(lambda parts: "".join(parts).encode())
 CSVS = st.one_of(TEXTS, st.binary(max_size=200), st.tuples(TEXTS, st.binary(max_size=3), TEXTS).map(b"".join))

@@ -4,6 +4,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+import pandas as pd
 import pytest
 from cohorts import tiny_cohort
 
@@ -26,12 +27,12 @@ def run(tmp_path) -> Path:
     record = {"csv": str(csv), "csv_sha256": utils.sha256(csv), "model": "modelB2", "arguments": arguments}
     folder = tmp_path / "models"
     parts = [table[dataset.COLUMNS].assign(fold=fold, role=role) for fold, role in enumerate(ROLES)]
-    utils.write_csv(dataset.pd.concat(parts)[["fold", "role", *dataset.COLUMNS]], folder / "folds.csv")
+    utils.write_csv(pd.concat(parts)[["fold", "role", *dataset.COLUMNS]], folder / "folds.csv")
     utils.write_json(record | {"grid": dataset.check_grid(table).record()}, folder / "run.json")
     return folder
 
 
-# Subjects 000 and 001 have four scans, 002 and 003 too: no fold has all roles for both labels, but all differ.
+# Of the scans in fold 0 and 1. Subjects 000 and 001 have the first four scans, 002 and 003 the others.
 ROLES = [["test", "train"] * 2 + ["val", "train"] * 2, ["val", "test"] * 2 + ["test", "test"] * 2]
 
 
@@ -62,8 +63,8 @@ def test_record_edited_to_nonsense(run, name, value):
 
 @pytest.mark.parametrize(
     ("name", "value"),
-    [("fold", 1), ("fold", 2.0), ("fold", "2"), ("fold", 9), ("fold", 10**12), ("fold", True), ("split", "random"),
-     ("split", ["stratified"]), ("val_fraction", 0), ("val_fraction", 1), ("val_fraction", float("nan")),
+    [("fold", 1), ("fold", 2.0), ("fold", "2"), ("fold", 9), ("fold", 10**12), ("fold", True),
+     ("split", "random"), ("split", ["stratified"]), ("val_fraction", 0), ("val_fraction", 1), ("val_fraction", float("nan")),
      ("seed", -1), ("seed", 2**32), ("seed", 0.5), ("seed", None)],
 )  # fmt: skip
 def test_arguments_edited_to_nonsense(run, name: str, value: Any):

@@ -49,9 +49,9 @@ def test_what_is_shown_is_not_endless():
 
 
 def test_naming_puts_a_name_in_front_of_a_mistake_alone():
-    with pytest.raises(utils.InputError, match="^--mask a: is empty$"), utils.naming("--mask a"):
+    with pytest.raises(utils.InputError, match=r"^--mask a: is empty$"), utils.naming("--mask a"):
         raise utils.InputError("is empty")
-    with pytest.raises(ValueError, match="^a fault$"), utils.naming("--mask a"):
+    with pytest.raises(ValueError, match=r"^a fault$"), utils.naming("--mask a"):
         raise ValueError("a fault")
 
 
@@ -239,7 +239,7 @@ def test_recorded():
     assert utils.recorded({"k": 3}, "k", int, lambda k: k > 2) == 3
     assert utils.recorded({"k": 0.5}, "k", (int, float)) == 0.5
     for record in ({}, {"k": True}, {"k": "3"}, {"k": None}, {"k": 2}, {"k": [3] * 10**6}, [], None, "k"):
-        with pytest.raises(utils.InputError, match="^is damaged: 'k' is .{1,60}$"):
+        with pytest.raises(utils.InputError, match=r"^is damaged: 'k' is .{1,60}$"):
             utils.recorded(record, "k", int, lambda k: k > 2)
 
 

@@ -93,8 +93,8 @@ LENGTHS, FORM = 40, "<8h"  # where a NIfTI-1 header keeps its dimensions
 @pytest.mark.parametrize(
     ("field", "words"),
     [
-        ((LENGTHS, FORM, [3, 30000, 30000, 30000, 1, 1, 1, 1]), "30000x30000x30000 voxels"),
-        ((LENGTHS, FORM, [3, 500, 500, 500, 1, 1, 1, 1]), "250000352 bytes"),
+        ((LENGTHS, FORM, [3, 30000, 30000, 30000, 1, 1, 1, 1]), "30000x30000x30000 voxels, more than"),
+        ((LENGTHS, FORM, [3, 400, 400, 400, 1, 1, 1, 1]), "128000352 bytes"),
         ((LENGTHS, FORM, [3, -4, 5, 6, 1, 1, 1, 1]), "(-4, 5, 6)"),
         ((LENGTHS, FORM, [3, -4, -5, 6, 1, 1, 1, 1]), "(-4, -5, 6)"),
         ((LENGTHS, FORM, [3, 0, 5, 6, 1, 1, 1, 1]), "(0, 5, 6)"),
@@ -124,7 +124,7 @@ LENGTHS, FORM = 40, "<8h"  # where a NIfTI-1 header keeps its dimensions
 def test_headers_that_make_no_sense(tmp_path, field, words, name):
     noise = np.random.default_rng(0).integers(0, 9, SHAPE, np.int16)
     path = write_scan(tmp_path / name, noise)
-    if name.endswith(".gz") and words in ("250000352 bytes", "640 bytes"):
+    if name.endswith(".gz") and words in ("128000352 bytes", "640 bytes"):
         pytest.skip("a packed file of this size may hold so much")
     form, value = field[1:]
     if isinstance(value, bytes):

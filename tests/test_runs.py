@@ -64,8 +64,8 @@ def test_record_edited_to_nonsense(run, name, value):
 @pytest.mark.parametrize(
     ("name", "value"),
     [("fold", 1), ("fold", 2.0), ("fold", "2"), ("fold", 9), ("fold", 10**12), ("fold", True),
-     ("split", "random"), ("split", ["stratified"]), ("val_fraction", 0), ("val_fraction", 1), ("val_fraction", float("nan")),
-     ("seed", -1), ("seed", 2**32), ("seed", 0.5), ("seed", None)],
+     ("split", "random"), ("split", ["stratified"]), ("val_fraction", 0), ("val_fraction", 1),
+     ("val_fraction", float("nan")), ("seed", -1), ("seed", 2**32), ("seed", 0.5), ("seed", None)],
 )  # fmt: skip
 def test_arguments_edited_to_nonsense(run, name: str, value: Any):
     record = json.loads((run / "run.json").read_text())

@@ -148,7 +148,9 @@ def test_a_quaternion_that_is_none(tmp_path):
 
 
 def test_small_repairs_are_made_without_a_word(tmp_path, caplog, capfd):
-    path = patched(write_scan(tmp_path / "a.nii", voxels(3, shape=SHAPE)), (76, "<f", 0.5))  # qfac is +-1
+    path = patched(
+        write_scan(tmp_path / "a.nii", voxels(3, shape=SHAPE)), (80, "<f", -1.5)
+    )  # a length is > 0
     assert np.array_equal(nifti.read_grid(path).affine, AFFINE)
     assert caplog.messages == []
     assert capfd.readouterr().err == ""

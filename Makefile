@@ -4,6 +4,7 @@
 # make slopes     how time and memory grow with subjects, steps and voxels, and the comparison at 1 mm, about 20 minutes
 # make torture    kills training, maps and a job array at random moments, and compares, about 8 minutes
 # make test       all tests
+# make fuzz       random damage to every file that is read: a result or a clear error; about 10 minutes
 # make lint       formatting, rules and types
 # Each creates what it needs in .venv first.
 
@@ -17,7 +18,7 @@ COHORT = --subjects 80 --voxel 2 --severity 2 --seed $(SEED)
 TRAIN := --model modelB8 --lr 1e-3 --wd 1e-3 --batch 4 --epochs 16 --patience 12
 # method + baseline
 MAPS := LRP+zero GGC+zero IG+zero IG+controls
-.PHONY: demo demo-null bench bench-quick slopes torture test lint clean
+.PHONY: demo demo-null bench bench-quick slopes torture test fuzz lint clean
 
 demo demo-null: .venv/run
 	$(PY) simulate.py --outpath $(DEMO)/cohort $(COHORT) --overwrite
@@ -47,6 +48,9 @@ torture: .venv/run
 
 test: .venv/dev
 	$(PY) -m pytest
+
+fuzz: .venv/dev
+	$(PY) -m pytest tests/test_fuzz.py --hypothesis-profile=long --hypothesis-show-statistics
 
 lint: .venv/dev
 	.venv/bin/ruff format --check .

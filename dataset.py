@@ -1,33 +1,34 @@
 """From a CSV to checked scans, from scans to tensors, and from subjects to folds."""
 
+import csv
 import functools
 import hashlib
+import itertools
 import os
 import shutil
-import zlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Hashable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
 from math import prod
 from pathlib import Path
+from typing import TextIO
 
-import nibabel as nib
 import numpy as np
 import pandas as pd
 import torch
-from nibabel.filebasedimages import ImageFileError
-from nibabel.spatialimages import HeaderDataError
 from sklearn.model_selection import StratifiedKFold, train_test_split
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Subset
 
+import nifti
 import utils
+from nifti import Grid
 
 COLUMNS = ["path", "label", "subject"]
 CACHES = ("auto", "ram", "disk", "none")
 SCALING = "min-max, float32"
-UNREADABLE = (ImageFileError, HeaderDataError, OSError, EOFError, ValueError, zlib.error)
 SHOWN = 20  # bad scans named in one message
+# of a list of scans: twice as many as UK Biobank has; what is larger is something else, and not read
+CSV_SIZE, MOST_ROWS, LONGEST_LINE = 2**25, 200_000, 2**16
 
 
 # The CSV -----------------------------------------------------------------------------------------
@@ -45,74 +46,93 @@ def read_csv(path: Path) -> pd.DataFrame:
         the path where there is no such column) and file (absolute Path).
 
     Raises:
-        utils.InputError: the file cannot be read as such a table.
+        utils.InputError: the file cannot be read as such a table, or is larger than any such.
     """
+    with utils.naming(path):
+        return _check_rows(_read_cells(path), path)
+
+
+def read_rows(file: Path) -> Iterator[list[str]]:
+    """The rows of a CSV in UTF-8, one at a time, without the blank ones.
+
+    Raises:
+        utils.InputError: no such file, or no such text; said when the iteration gets there.
+    """
+    utils.file_size(file, "CSV")
     try:
-        cells = pd.read_csv(
-            path, header=None, dtype=str, keep_default_na=False, encoding="utf-8-sig", skipinitialspace=True
-        )
-    except FileNotFoundError as problem:
-        raise utils.InputError(f"{path}: no such CSV") from problem
-    except (OSError, ValueError) as problem:  # pandas' parser and empty-file errors are ValueErrors
-        raise utils.InputError(f"{path}: cannot be read as a CSV ({problem})") from problem
-    cells = cells.apply(lambda column: column.str.strip())
-    header = [name.lower() for name in cells.iloc[0]]
-    if "path" in header or "label" in header:
-        if not {"path", "label"} <= set(header) or len(set(header)) != len(header):
-            raise utils.InputError(f"{path}: the header needs 'path' and 'label', once each; it has {header}")
-        cells = cells.iloc[1:].set_axis(header, axis=1)
-    elif len(header) == 2:
-        cells = cells.set_axis(["path", "label"], axis=1)
-    else:
+        with file.open(encoding="utf-8-sig") as stream:  # \r\n and \r become \n
+            rows = csv.reader(_lines(stream), skipinitialspace=True, strict=True)
+            yield from (row for row in rows if row not in ([], [""]))
+    except (OSError, UnicodeError, csv.Error) as problem:
+        raise utils.InputError(f"cannot be read as a CSV ({problem})") from problem
+
+
+def _lines(stream: TextIO) -> Iterator[str]:
+    """The lines of a text; a longer one than any row of a CSV is not read to its end."""
+    for number in itertools.count(1):
+        line = stream.readline(LONGEST_LINE + 1)
+        if len(line) > LONGEST_LINE:
+            raise utils.InputError(f"line {number} has more than {LONGEST_LINE} characters")
+        if "\0" in line:
+            raise utils.InputError(f"line {number} has a NUL character; expected text")
+        if not line:
+            return
+        yield line
+
+
+def _read_cells(file: Path) -> pd.DataFrame:
+    """Path, label and subject of every row, as text; the index is the row's number, from 1."""
+    if utils.file_size(file, "CSV") > CSV_SIZE:
+        raise utils.InputError(f"is larger than {CSV_SIZE >> 20} MiB; expected a list of scans")
+    rows = read_rows(file)
+    first = next(rows, [])
+    header = [name.strip().lower() for name in first]
+    named = "path" in header or "label" in header
+    if named and not ({"path", "label"} <= set(header) and len(set(header)) == len(header)):
+        raise utils.InputError(f"the header needs 'path' and 'label', once each; it has {header}")
+    if not named and len(header) != 2:
         raise utils.InputError(
-            f"{path}: expected two columns (path, label), or a header; found {len(header)} of them"
+            f"expected two columns (path, label), or a header; found {len(header)} of them"
         )
-    if cells.empty:
-        raise utils.InputError(f"{path}: holds no scans")
-    if "subject" not in cells:
-        cells["subject"] = cells["path"]
-    return _check_rows(cells[COLUMNS], path)
+    names = header if named else COLUMNS[:2]
+    cells: dict[str, list[str]] = {name: [] for name in COLUMNS if name in names}
+    places = [names.index(name) for name in cells]
+    number = 1
+    for number, row in enumerate(rows if named else itertools.chain([first], rows), 1 + named):
+        if len(row) > len(names) or number > MOST_ROWS:
+            wrong = f"more than {MOST_ROWS} rows" if number > MOST_ROWS else f"row {number}: {len(row)} cells"
+            raise utils.InputError(f"{wrong}, expected {len(names)} in a row")
+        for column, place in zip(cells.values(), places, strict=True):
+            column.append(row[place].strip() if place < len(row) else "")
+    if not cells["path"]:
+        raise utils.InputError("holds no scans")
+    table = pd.DataFrame(cells, index=range(1 + named, number + 1), dtype=str)
+    return table if "subject" in table else table.assign(subject=table["path"])
 
 
 def _check_rows(table: pd.DataFrame, csv: Path) -> pd.DataFrame:
     """Check every cell, turn labels into integers and add the column `file`."""
     for column in COLUMNS:
         for row in table.index[table[column] == ""]:
-            raise utils.InputError(f"{csv}: row {row + 1}: the {column} is blank")
+            raise utils.InputError(f"row {row}: the {column} is blank")
     for row in table.index[~table["label"].isin(["0", "1"])]:
-        raise utils.InputError(f"{csv}: row {row + 1}: label '{table['label'][row]}' is not 0 or 1")
-    rows = list(zip(table.index.tolist(), table["path"], strict=True))
-    table = table.assign(
-        label=table["label"].astype(int),
-        file=pd.Series({row: _locate(path, csv, f"row {row + 1}") for row, path in rows}, dtype=object),
-    )
+        raise utils.InputError(f"row {row}: label '{table['label'][row]}' is not 0 or 1")
+    files = [_locate(path, csv.parent, row) for row, path in table["path"].items()]
+    table = table.assign(label=table["label"].astype(int), file=pd.Series(files, table.index, dtype=object))
     for row in table.index[table["file"].duplicated()]:
-        raise utils.InputError(f"{csv}: row {row + 1}: {table['path'][row]} is listed twice")
+        raise utils.InputError(f"row {row}: {table['path'][row]} is listed twice")
     return table.reset_index(drop=True)
 
 
-def _locate(path: str, csv: Path, row: str) -> Path:
+def _locate(path: str, folder: Path, row: Hashable) -> Path:
     """Absolute path of a scan, relative to the CSV's folder."""
     try:
-        return Path(os.path.abspath(csv.parent / Path(path).expanduser()))
+        return Path(os.path.abspath(folder / Path(path).expanduser()))
     except RuntimeError as problem:
-        raise utils.InputError(f"{csv}: {row}: {path}: {problem}") from problem
+        raise utils.InputError(f"row {row}: {path}: {problem}") from problem
 
 
 # Scans -------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class Grid:
-    """The space that all scans of a cohort share."""
-
-    shape: tuple[int, int, int]
-    affine: np.ndarray  # (4, 4), voxel to mm
-    header: nib.Nifti1Header
-
-    def record(self) -> dict:
-        """The grid as the run record keeps it."""
-        return {"shape": list(self.shape), "affine": self.affine.tolist()}
 
 
 def check_grid(table: pd.DataFrame) -> Grid:
@@ -124,47 +144,17 @@ def check_grid(table: pd.DataFrame) -> Grid:
     grids, problems = [], []
     for path, file in zip(table["path"], table["file"], strict=True):
         try:
-            grids.append(_read_header(file))
+            grids.append(nifti.read_grid(file))
         except utils.InputError as problem:
             problems.append(f"{path}: {problem}")
             continue
         first = grids[0]
         if grids[-1].shape != first.shape:
             problems.append(f"{path}: shape {grids[-1].shape}, the first scan has {first.shape}")
-        elif not np.allclose(grids[-1].affine, first.affine, atol=1e-3):
+        elif not grids[-1].lies_like(first):
             problems.append(f"{path}: its affine differs from the first scan's")
     _report(problems, len(table))
     return grids[0]
-
-
-def _open(file: Path) -> nib.Nifti1Image:
-    """Open a NIfTI file, NIfTI-2 included, without reading its voxels."""
-    if not file.is_file():
-        raise utils.InputError("is a folder" if file.is_dir() else "no such file")
-    try:
-        image = nib.load(file)
-    except UNREADABLE as problem:
-        raise utils.InputError(f"not a NIfTI image ({problem})") from problem
-    if not isinstance(image, nib.Nifti1Image):
-        raise utils.InputError(f"not a NIfTI image but {type(image).__name__}")
-    return image
-
-
-def _read_header(file: Path) -> Grid:
-    image = _open(file)
-    shape = image.shape
-    if len(shape) > 3 and prod(shape[3:]) == 1:
-        shape = shape[:3]
-    if len(shape) != 3:
-        raise utils.InputError(f"expected one 3D volume, found shape {image.shape}")
-    if image.get_data_dtype().kind not in "iuf":
-        raise utils.InputError(f"expected real voxels, found {image.get_data_dtype()}")
-    affine = image.affine
-    if affine is None or not np.isfinite(affine).all() or abs(np.linalg.det(affine[:3, :3])) < 1e-9:
-        raise utils.InputError("its affine is singular or not finite")
-    header = image.header.copy()
-    header.set_data_shape(shape)
-    return Grid(shape, affine, header)
 
 
 def read_scan(file: Path) -> np.ndarray:
@@ -176,12 +166,7 @@ def read_scan(file: Path) -> np.ndarray:
     Raises:
         utils.InputError: damaged file, voxels that are not finite, or a constant scan.
     """
-    image = _open(file)
-    try:
-        values = image.get_fdata(dtype=np.float32, caching="unchanged")
-    except UNREADABLE as problem:
-        raise utils.InputError(f"cannot be read ({problem})") from problem
-    values = values.reshape(values.shape[:3])
+    values, _ = nifti.read_image(file)
     low, high = values.min(), values.max()
     if not (np.isfinite(low) and np.isfinite(high)):
         raise utils.InputError("has voxels that are NaN or infinite")
@@ -189,7 +174,7 @@ def read_scan(file: Path) -> np.ndarray:
         raise utils.InputError(f"is constant (every voxel is {low:g})")
     if high / 2 - low / 2 > np.finfo(np.float32).max / 2:
         raise utils.InputError(f"has voxels from {low:g} to {high:g}, too far apart for float32")
-    values = values - low
+    values -= low
     values /= high - low
     return values
 
@@ -414,7 +399,7 @@ def make_folds(table: pd.DataFrame, k: int, split: str, val_fraction: float, see
         )
     folds = []
     for fold, test in enumerate(SPLITS[split](table, names, labels, k, seed)):
-        rest = np.flatnonzero(~np.isin(names, test))
+        rest = np.flatnonzero(~subjects.index.isin(test))  # np.isin compares every pair of texts
         val = names[_validation(rest, labels[rest], val_fraction, seed)] if val_fraction else []
         role = np.where(table["subject"].isin(test), "test", "train")
         role[table["subject"].isin(val)] = "val"

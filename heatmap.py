@@ -24,6 +24,7 @@ from torch.utils.data import DataLoader
 
 import dataset
 import models
+import nifti
 import runs
 import utils
 from ggc import guided_gradcam
@@ -40,6 +41,7 @@ TARGETS = ("label", "predicted", "0", "1")
 BASELINES = ("zero", "controls")
 WEIGHTS = ("trained", "random")
 WORKERS = 2  # processes or threads that decode scans
+STEM = 150  # characters of a scan's own name in its map's: with all that is added, a name has at most 255
 MEANS = ["map_all.nii.gz", "map_all.png", "mean_scan.nii.gz"]  # of all folds
 WRITTEN = ["map.json", "map_f*.nii.gz", "baseline_f*.nii.gz", "subjects.csv", "subjects/f*.nii.gz", *MEANS]
 SUBJECT_COLUMNS = ["fold", *dataset.COLUMNS, "predicted", "target", "prob_target", "sum", "residual"]
@@ -129,21 +131,25 @@ def map_fold(
     baseline = None
     if options.get("baseline") == "controls":
         controls = [i for i in dataset.rows(run.folds, fold, "train") if scans.labels[i] == 0]
+        if not controls:
+            raise utils.InputError(
+                f"--baseline controls: fold {fold} has no controls among its training scans"
+            )
         mean = scans.mean(controls)
-        utils.save_map(mean, run.grid.header, folder / f"baseline_f{fold}.nii.gz")
+        nifti.save_map(mean, run.grid.header, folder / f"baseline_f{fold}.nii.gz")
         baseline = torch.from_numpy(mean).to(next(model.parameters()).device)[None, None]
 
     def keep(number: int, values: np.ndarray) -> None:
         if options["save_subjects"]:
             file = subject_file(folder, fold, rows[number], run.table["path"][rows[number]])
-            utils.save_map(values, run.grid.header, file)
+            nifti.save_map(values, run.grid.header, file)
 
     explain, expected = configure(method, model, run.grid, options, baseline)
     loader = dataset.loader(scans, rows, batch, WORKERS)
     mean, about = explain_fold(
         model, loader, explain, expected, options["target"], keep, f"{method} fold {fold}"
     )
-    utils.save_map(mean, run.grid.header, folder / f"map_f{fold}.nii.gz")
+    nifti.save_map(mean, run.grid.header, folder / f"map_f{fold}.nii.gz")
     known = run.table.loc[rows, dataset.COLUMNS].reset_index(drop=True).assign(fold=fold)
     return pd.concat([known, about], axis=1)[SUBJECT_COLUMNS]
 
@@ -240,6 +246,7 @@ def describe(
 def subject_file(folder: Path, fold: int, row: int, path: str) -> Path:
     """Where the map of one scan goes; the row in the CSV keeps scans of one name apart."""
     stem = re.sub(r"[^A-Za-z0-9._-]", "_", Path(path).name.removesuffix(".gz").removesuffix(".nii"))
+    stem = stem[:STEM]
     return folder / "subjects" / f"f{fold}_{row:05d}_{stem}.nii.gz"
 
 
@@ -250,10 +257,10 @@ def average_folds(folder: Path, run: Run, scans: dataset.Scans, title: str) -> N
     """Write the mean of the fold means, the mean scan, and the picture of one over the other."""
     mean = np.zeros(run.grid.shape)
     for fold in range(run.k):
-        mean += utils.load_map(folder / f"map_f{fold}.nii.gz") / run.k
-    utils.save_map(mean, run.grid.header, folder / "map_all.nii.gz")
+        mean += nifti.load_map(folder / f"map_f{fold}.nii.gz") / run.k
+    nifti.save_map(mean, run.grid.header, folder / "map_all.nii.gz")
     background = scans.mean(range(len(scans)))
-    utils.save_map(background, run.grid.header, folder / "mean_scan.nii.gz")
+    nifti.save_map(background, run.grid.header, folder / "mean_scan.nii.gz")
     utils.save_map_figure(mean, background, run.grid.affine, title, folder / "map_all.png")
 
 
@@ -277,8 +284,21 @@ def read_subjects(folder: Path) -> pd.DataFrame:
     file = folder / "subjects.csv"
     if not file.exists():
         return pd.DataFrame(columns=SUBJECT_COLUMNS)
-    text = {"path": str, "subject": str}
-    return pd.read_csv(file, dtype=text, keep_default_na=False, na_values={"residual": [""]})
+    with utils.naming(file):
+        rows = dataset.read_rows(file)
+        if next(rows, None) != SUBJECT_COLUMNS:
+            raise utils.InputError(f"is damaged: expected the columns {', '.join(SUBJECT_COLUMNS)}")
+        try:
+            return pd.DataFrame([_subject(row) for row in rows], columns=SUBJECT_COLUMNS)
+        except ValueError as problem:
+            raise utils.InputError(f"is damaged ({problem})") from problem
+
+
+def _subject(row: list[str]) -> list[Any]:
+    """One row of subjects.csv; ValueError where a cell is not what its column holds."""
+    fold, path, label, subject, predicted, target, *numbers = row
+    prob_target, total, residual = (float(number or "nan") for number in numbers)
+    return [int(fold), path, int(label), subject, int(predicted), int(target), prob_target, total, residual]
 
 
 def save_rows(folder: Path, fold: int, rows: pd.DataFrame, digest: str) -> None:
@@ -304,7 +324,9 @@ def start_maps(folder: Path, identity: dict[str, Any], about: dict[str, Any], ov
 
 def finished_folds(folder: Path, weights: dict[int, str]) -> list[int]:
     """The folds whose map was made with the weights that are there now, from `digests`."""
-    made = utils.read_json(folder / "map.json")["weights_sha256"]
+    record = utils.read_json(folder / "map.json")
+    with utils.naming(folder / "map.json"):
+        made = utils.recorded(record, "weights_sha256", dict)
     known = set(read_subjects(folder)["fold"])
     return [
         fold

@@ -18,11 +18,11 @@ from typing import Any
 import nibabel as nib
 import numpy as np
 import pandas as pd
-from nilearn.image import check_niimg_3d, resample_img
+from nilearn.image import resample_img
 from nilearn.image.resampling import BoundingBoxError
 from scipy import ndimage
 
-import dataset
+import nifti
 import utils
 from agreement import (
     THRESHOLDS,
@@ -37,6 +37,8 @@ from agreement import (
     score_maps,
 )
 
+FLOORS = ("edges", "random")  # they stand among the METHODs
+MOST_FOLDS = 1000
 OUTPUTS = ["overlap.json", "overlap.csv", "overlap_ranked.csv", "overlap.png"]
 # Okabe and Ito's colours, told apart with any kind of colour vision; grey is left to the floors.
 COLOURS = ["#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000"]
@@ -82,10 +84,10 @@ def find_maps(folder: Path) -> dict[tuple[str, str], Path]:
         raise utils.InputError(
             f"--maps {folder}: holds no METHOD folder with maps; heatmap.py and svm.py write them"
         )
-    records = [utils.read_json(m / "map.json") if (m / "map.json").exists() else {} for m in methods]
-    if len({record["csv_sha256"] for record in records if "csv_sha256" in record}) > 1:
+    described = [_described(method) for method in methods]
+    if len({csv for csv, _ in described if csv}) > 1:
         raise utils.InputError(f"--maps {folder}: the methods' map.json are of different CSVs")
-    folds = {m.name: record.get("folds", _highest(m) + 1) for m, record in zip(methods, records, strict=True)}
+    folds = {method.name: k for method, (_, k) in zip(methods, described, strict=True)}
     if len(set(folds.values())) > 1:
         counts = ", ".join(f"{name} has {k}" for name, k in folds.items())
         raise utils.InputError(f"--maps {folder}: the methods differ in their number of folds: {counts}")
@@ -96,6 +98,22 @@ def find_maps(folder: Path) -> dict[tuple[str, str], Path]:
     if missing:
         raise utils.InputError(f"maps are missing: {', '.join(missing)}")
     return files
+
+
+def _described(method: Path) -> tuple[str, int]:
+    """The CSV's SHA-256 and the number of folds of a METHOD folder; "" where no record says which CSV."""
+    csv, k, file = "", _highest(method) + 1, method / "map.json"
+    with utils.naming(method):
+        if method.name in FLOORS or not method.name.isprintable():
+            raise utils.InputError("a METHOD cannot have this name")
+    if file.exists():
+        record = utils.read_json(file)
+        with utils.naming(file):
+            csv = utils.recorded({"csv_sha256": csv} | record, "csv_sha256", str)
+            k = utils.recorded({"folds": k} | record, "folds", int)
+    if not 0 <= k <= MOST_FOLDS:
+        raise utils.InputError(f"{method}: has {k} folds, expected at most {MOST_FOLDS}")
+    return csv, k
 
 
 def _highest(method: Path) -> int:
@@ -122,15 +140,11 @@ def read_image(file: Path, like: nib.Nifti1Image | None = None) -> nib.Nifti1Ima
     Raises:
         utils.InputError: it is none, or lies elsewhere.
     """
-    if not file.is_file():
-        raise utils.InputError(f"{file}: no such file")
-    try:
-        image = check_niimg_3d(nib.load(file))  # 4D with a single volume is fine
-        image = nib.Nifti1Image(np.asarray(image.dataobj, dtype=np.float32), image.affine)
-    except (*dataset.UNREADABLE, TypeError) as problem:
-        raise utils.InputError(f"{file}: cannot be read as a 3D NIfTI image ({problem})") from problem
-    if like is not None and not same_grid(image, like):
-        raise utils.InputError(f"{file}: has {grid_of(image)}; the maps have {grid_of(like)}")
+    with utils.naming(file):
+        values, grid = nifti.read_image(file)
+        image = nib.Nifti1Image(values, grid.affine)
+        if like is not None and not same_grid(image, like):
+            raise utils.InputError(f"has {grid_of(image)}; the maps have {grid_of(like)}")
     return image
 
 
@@ -242,6 +256,7 @@ def save_figure(table: pd.DataFrame, ranked: pd.DataFrame, curves: dict[str, Any
     import matplotlib
 
     matplotlib.use("Agg")
+    matplotlib.rcParams["text.parse_math"] = False  # a METHOD is the name of a folder, $ is a letter of it
     import matplotlib.pyplot as plt
 
     names = [name for name in ranked["method"] if name in curves and name != "edges"]

@@ -1,12 +1,16 @@
 """The training run that a command goes on from: what run.json and folds.csv record, checked."""
 
+from itertools import zip_longest
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
+import numpy as np
 import pandas as pd
 
 import dataset
 import utils
+
+ROLES = {role: role for role in ("train", "val", "test")}
 
 
 class Run(NamedTuple):
@@ -42,30 +46,85 @@ def find_run(modelpath: Path, csv: Path | None, model: str | None, k: int | None
     return Run(csv, table, dataset.check_grid(table), folds, model, k)
 
 
+def recorded_arguments(modelpath: Path) -> dict[str, Any]:
+    """The arguments of a run that made its folds, from run.json: fold, split, val_fraction and seed."""
+    record = utils.read_json(modelpath / "run.json")
+    with utils.naming(modelpath / "run.json"):
+        arguments = utils.recorded(record, "arguments", dict)
+        return {
+            "fold": utils.recorded(arguments, "fold", int, lambda k: k >= 2),
+            "split": utils.recorded(arguments, "split", str, lambda name: name in dataset.SPLITS),
+            "val_fraction": utils.recorded(
+                arguments, "val_fraction", (int, float), lambda part: 0 < part < 1
+            ),
+            "seed": utils.recorded(arguments, "seed", int, lambda seed: 0 <= seed < 2**32),
+        }
+
+
 def _recorded_run(modelpath: Path, csv: Path | None, model: str | None, k: int | None) -> Run:
     """The run that run.json and folds.csv describe, as long as its CSV and scans are the same."""
     record = utils.read_json(modelpath / "run.json")
-    try:
-        recorded = Path(record["csv"]), record["csv_sha256"], record["model"], record["grid"]
-        trained_k = int(record["arguments"]["fold"])
-        folds = pd.read_csv(
-            modelpath / "folds.csv", dtype={"path": str, "subject": str}, keep_default_na=False
-        )
-    except (OSError, KeyError, TypeError, ValueError) as problem:
-        raise utils.InputError(f"{modelpath}: run.json or folds.csv is damaged ({problem!r})") from problem
-    trained_csv, digest, trained_model, trained_grid = recorded
+    with utils.naming(modelpath / "run.json"):
+        trained_csv = Path(utils.recorded(record, "csv", str))
+        digest, trained_model = (utils.recorded(record, name, str) for name in ("csv_sha256", "model"))
+        trained_grid = utils.recorded(record, "grid", dict)
+    trained_k = recorded_arguments(modelpath)["fold"]
     if model not in (None, trained_model):
         raise utils.InputError(f"--model {model}: {modelpath} was trained with {trained_model}")
     if k not in (None, trained_k):
         raise utils.InputError(f"--fold {k}: {modelpath} was trained with {trained_k} folds")
     csv = csv or trained_csv
     table = dataset.read_csv(csv)
+    if trained_k > len(table):
+        raise utils.InputError(
+            f"{modelpath / 'run.json'}: is damaged: {trained_k} folds of {len(table)} scans"
+        )
     if utils.sha256(csv) != digest:
         raise utils.InputError(f"{csv}: is not the CSV that {modelpath} was trained on; its content changed")
     grid = dataset.check_grid(table)
     if grid.record() != trained_grid:
         raise utils.InputError(f"{csv}: the scans' grid is not the one that {modelpath} was trained on")
-    columns = ["fold", "role", *dataset.COLUMNS]
-    if list(folds.columns) != columns or folds["path"].tolist() != table["path"].tolist() * trained_k:
-        raise utils.InputError(f"{modelpath / 'folds.csv'}: does not list every scan once per fold")
+    with utils.naming(modelpath / "folds.csv"):
+        folds = _read_folds(modelpath / "folds.csv", table, trained_k)
     return Run(csv, table, grid, folds, trained_model, trained_k)
+
+
+def _read_folds(file: Path, table: pd.DataFrame, k: int) -> pd.DataFrame:
+    """The folds of a run, as `dataset.make_folds` returned them.
+
+    Raises:
+        utils.InputError: the file does not list every scan once per fold, does not test every scan once,
+            leaves a fold without test scans, or gives the scans of one subject several roles.
+    """
+    role = np.array(_read_roles(file, table, k), dtype=object).reshape(k, len(table))
+    for row in np.flatnonzero((role == "test").sum(axis=0) != 1):
+        raise utils.InputError(f"is damaged: {table['path'][row]} is not tested in exactly one fold")
+    for fold in range(k):
+        if "test" not in role[fold]:
+            raise utils.InputError(f"is damaged: fold {fold} has no test scans")
+    parts = [table[dataset.COLUMNS].assign(fold=fold, role=role[fold].tolist()) for fold in range(k)]
+    folds = pd.concat(parts, ignore_index=True)[["fold", "role", *dataset.COLUMNS]]
+    roles = folds.groupby(["fold", "subject"], sort=False)["role"].nunique()
+    for fold, subject in roles.index[roles > 1]:
+        raise utils.InputError(f"is damaged: subject {subject} has several roles in fold {fold}")
+    return folds
+
+
+def _read_roles(file: Path, table: pd.DataFrame, k: int) -> list[str]:
+    """The role of every scan in fold 0, then 1, ...; all else that a row says is known beforehand.
+
+    Compared row by row, so that no more is kept than there are scans and folds.
+    """
+    scans = [list(scan) for scan in table[dataset.COLUMNS].astype(str).itertuples(index=False)]
+    expected = ([str(fold), *scan] for fold in range(k) for scan in scans)
+    rows, roles = dataset.read_rows(file), []
+    if next(rows, None) != ["fold", "role", *dataset.COLUMNS]:
+        raise utils.InputError(f"is damaged: expected the columns fold, role, {', '.join(dataset.COLUMNS)}")
+    for number, (row, wanted) in enumerate(zip_longest(rows, expected), 2):
+        if row is None or wanted is None or [row[0], *row[2:]] != wanted or row[1] not in ROLES:
+            raise utils.InputError(
+                f"is damaged: row {number} is {row or 'missing'}; it must list every scan once per fold, "
+                f"in the CSV's order, as {' or '.join(ROLES)}"
+            )
+        roles.append(ROLES[row[1]])  # one object each, however many rows there are
+    return roles

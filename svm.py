@@ -15,7 +15,6 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import nibabel as nib
 import numpy as np
 import pandas as pd
 from scipy.special import expit
@@ -24,6 +23,7 @@ from sklearn.svm import SVC
 
 import dataset
 import metrics
+import nifti
 import runs
 import utils
 
@@ -101,10 +101,8 @@ def find_cohort(modelpath: Path, csv: Path | None, asked: dict[str, Any]) -> Coh
 
 def recorded_folding(modelpath: Path, asked: dict[str, Any]) -> dict[str, Any]:
     """The options that made a run's folds, as long as the user asked for no others."""
-    arguments = utils.read_json(modelpath / "run.json")["arguments"]
+    arguments = runs.recorded_arguments(modelpath)
     for name, value in asked.items():
-        if name not in arguments:
-            raise utils.InputError(f"{modelpath / 'run.json'}: is damaged; it does not record '{name}'")
         if value not in (None, arguments[name]):
             option = f"--{name.replace('_', '-')}"
             raise utils.InputError(f"{option} {value}: {modelpath} was trained with {arguments[name]}")
@@ -129,20 +127,15 @@ def read_mask(path: Path, grid: dataset.Grid) -> np.ndarray:
     Raises:
         utils.InputError: not a NIfTI image of real numbers, not on the scans' grid, or empty.
     """
-    try:
-        image = nib.load(path)
-        if not isinstance(image, nib.Nifti1Image) or image.get_data_dtype().kind not in "iuf":
-            raise ValueError("its voxels are not real numbers in NIfTI")
-        mask = image.get_fdata(dtype=np.float32) > 0
-    except dataset.UNREADABLE as problem:
-        raise utils.InputError(f"--mask {path}: cannot be read as a NIfTI mask ({problem})") from problem
-    if mask.shape != grid.shape:
-        raise utils.InputError(f"--mask {path}: shape {mask.shape}, the scans have {grid.shape}")
-    if not np.allclose(image.affine, grid.affine, atol=1e-3):
-        raise utils.InputError(f"--mask {path}: its affine differs from the scans'")
-    if not mask.any():
-        raise utils.InputError(f"--mask {path}: is empty, no voxel is > 0")
-    return mask
+    with utils.naming(f"--mask {path}"):
+        values, found = nifti.read_image(path)
+        if found.shape != grid.shape:
+            raise utils.InputError(f"shape {found.shape}, the scans have {grid.shape}")
+        if not found.lies_like(grid):
+            raise utils.InputError("its affine differs from the scans'")
+        if not (values > 0).any():
+            raise utils.InputError("is empty, no voxel is > 0")
+    return values > 0
 
 
 def identify(cohort: Cohort, C: float | None, mask: Path | None) -> dict[str, Any]:
@@ -359,7 +352,7 @@ def write_maps(
         sums = combine(np.stack(rows), scans, inside)  # (2 F, V)
         for fold, maps in zip(folds, sums.reshape(len(folds), 2, -1), strict=True):
             for name, values in zip(PER_FOLD, maps, strict=True):
-                utils.save_map(place(values, inside), cohort.grid.header, folder / name.format(fold))
+                nifti.save_map(place(values, inside), cohort.grid.header, folder / name.format(fold))
             mean += maps[0] / len(machines)
         del sums, maps, values  # before the next ones are made
     return place(mean, inside)
@@ -375,8 +368,8 @@ def place(values: np.ndarray, inside: np.ndarray) -> np.ndarray:
 def save_means(pattern: np.ndarray, scan: np.ndarray, cohort: Cohort, folder: Path) -> None:
     """Write the mean pattern and the mean scan, and the picture of one over the other."""
     k, n = cohort.folding["fold"], len(cohort.table)
-    utils.save_map(pattern, cohort.grid.header, folder / "map_all.nii.gz")
-    utils.save_map(scan, cohort.grid.header, folder / "mean_scan.nii.gz")
+    nifti.save_map(pattern, cohort.grid.header, folder / "map_all.nii.gz")
+    nifti.save_map(scan, cohort.grid.header, folder / "mean_scan.nii.gz")
     title = f"SVM: mean activation pattern of {k} folds, {n} scans"
     utils.save_map_figure(pattern, scan, cohort.grid.affine, title, folder / "map_all.png")
 

@@ -1,4 +1,4 @@
-"""What every entry script shares: errors, devices, seeds, whole files, the run record, NIfTI maps."""
+"""What every entry script shares: errors, devices, seeds, whole files, the run record, pictures."""
 
 import argparse
 import contextlib
@@ -13,7 +13,9 @@ import os
 import platform
 import random
 import re
+import reprlib
 import signal
+import stat
 import sys
 import threading
 from collections.abc import Callable, Iterable, Iterator
@@ -27,6 +29,8 @@ import torch
 from tqdm import tqdm
 
 PACKAGES = ("torch", "numpy", "pandas", "nibabel", "scikit-learn", "nilearn", "captum")
+LONGEST = 8000  # characters of an error
+RECORD_SIZE = 2**22  # bytes of a record: one of a thousand folds has a tenth of it
 
 
 Main = TypeVar("Main", bound=Callable[..., int])
@@ -64,6 +68,25 @@ class _HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescrip
         return action.help if action.default in (None, False) else super()._get_help_string(action)
 
 
+@contextlib.contextmanager
+def naming(name: object) -> Iterator[None]:
+    """Put the name of a file or option in front of any `InputError` raised inside."""
+    try:
+        yield
+    except InputError as mistake:
+        raise InputError(f"{name}: {mistake}") from mistake
+
+
+def printable(text: str) -> str:
+    """A message as one line that is safe to show: no control characters, and of bounded length.
+
+    File names and CSV fields may hold what a terminal would obey, or what turns text around.
+    """
+    line = " ".join(text.split())
+    line = "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in line[:LONGEST])
+    return line if len(text) <= LONGEST else f"{line} ..."
+
+
 def command(saved: str) -> Callable[[Main], Main]:
     """Make what ends an entry script early one line on stderr and an exit status.
 
@@ -85,7 +108,7 @@ def command(saved: str) -> Callable[[Main], Main]:
                 line, status = f"error: {fault}", 1
             except KeyboardInterrupt as interrupt:
                 line, status = f"interrupted: {saved}", 143 if isinstance(interrupt, Terminated) else 130
-            print(" ".join(line.split()), file=sys.stderr)
+            print(printable(line), file=sys.stderr)
             return status
 
         return cast(Main, guarded)
@@ -408,6 +431,25 @@ def versions() -> dict[str, str]:
     return {"python": platform.python_version()} | {p: importlib.metadata.version(p) for p in PACKAGES}
 
 
+def file_size(path: Path, kind: str = "file") -> int:
+    """Bytes of a file; `kind` is what an error calls it.
+
+    Raises:
+        InputError: it is not there, or none: reading a folder fails, reading a pipe or a device may wait.
+    """
+    try:
+        status = path.stat()
+    except (FileNotFoundError, NotADirectoryError) as problem:
+        raise InputError(f"no such {kind}") from problem
+    except (OSError, ValueError) as problem:  # a name that is too long, or that no file can have
+        raise InputError(f"cannot be found ({getattr(problem, 'strerror', problem)})") from problem
+    if stat.S_ISDIR(status.st_mode):
+        raise InputError(f"is a folder, expected a {kind}")
+    if not stat.S_ISREG(status.st_mode):
+        raise InputError(f"is a pipe or a device, expected a {kind}")
+    return status.st_size
+
+
 def sha256(path: Path) -> str:
     """SHA-256 of a file's content, in hexadecimal."""
     with path.open("rb") as stream:
@@ -416,13 +458,36 @@ def sha256(path: Path) -> str:
 
 def read_json(path: Path) -> dict[str, Any]:
     """Read a record; raise InputError where it is not a JSON object."""
-    try:
-        record = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as problem:
-        raise InputError(f"{path}: cannot be read as JSON ({problem})") from problem
-    if not isinstance(record, dict):
-        raise InputError(f"{path}: expected a JSON object")
+    with naming(path):
+        if file_size(path, "JSON record") > RECORD_SIZE:
+            raise InputError(f"is no record of a run: larger than {RECORD_SIZE >> 20} MiB")
+        try:
+            record = json.loads(path.read_text(encoding="utf-8"))
+        except (OSError, ValueError, RecursionError) as problem:  # a number of 5000 digits is a ValueError
+            raise InputError(f"cannot be read as JSON ({problem})") from problem
+        if not isinstance(record, dict):
+            raise InputError("expected a JSON object")
     return record
+
+
+def recorded(
+    record: Any, name: str, kinds: type | tuple[type, ...], valid: Callable[[Any], bool] = lambda _: True
+) -> Any:
+    """One value of a record, which may have been edited by hand.
+
+    Args:
+        record: what should be a dict.
+        kinds: the types that the value may have; bool is no int here.
+        valid: what else must be true of it.
+
+    Raises:
+        InputError: the value is missing, or not such.
+    """
+    value = record.get(name) if isinstance(record, dict) else None
+    right = isinstance(value, kinds) and not isinstance(value, bool)
+    if not right or not valid(value):
+        raise InputError(f"is damaged: '{name}' is {reprlib.repr(value)}")
+    return value
 
 
 def check_folder(
@@ -509,30 +574,7 @@ def choose_folds(wanted: list[int] | None, k: int) -> list[int]:
     return sorted(set(wanted)) if wanted else list(range(k))
 
 
-# NIfTI maps --------------------------------------------------------------------------------------
-
-
-def save_map(values: np.ndarray, header: nib.Nifti1Header, path: Path) -> None:
-    """Write a map as float32 NIfTI in the scans' own space.
-
-    Args:
-        values: (X, Y, Z), any real dtype, finite.
-        header: a scan's header; its affine, sform and qform codes and units are kept.
-        path: where to write; .nii or .nii.gz.
-    """
-    header = header.copy()
-    header.set_data_dtype(np.float32)
-    header.set_slope_inter(1, 0)
-    header["cal_min"] = header["cal_max"] = 0
-    kind = nib.Nifti2Image if isinstance(header, nib.Nifti2Header) else nib.Nifti1Image
-    image = kind(np.asarray(values, dtype=np.float32), None, header)
-    with whole_file(path) as partial:
-        nib.save(image, partial)
-
-
-def load_map(path: Path) -> np.ndarray:
-    """Read a map back: float32 (X, Y, Z)."""
-    return nib.Nifti1Image.from_filename(path).get_fdata(dtype=np.float32)
+# Pictures ----------------------------------------------------------------------------------------
 
 
 def save_map_figure(

@@ -122,10 +122,50 @@ def test_csv_errors(tmp_path, text, words):
 def test_csv_error_missing_folder_or_not_text(tmp_path):
     with pytest.raises(InputError, match=r"none\.csv: no such"):
         dataset.read_csv(tmp_path / "none.csv")
-    with pytest.raises(InputError, match="cannot be read as a CSV"):
+    with pytest.raises(InputError, match="is a folder, expected a CSV"):
         dataset.read_csv(tmp_path)
     with pytest.raises(InputError, match="cannot be read as a CSV"):
         read_text(tmp_path, "é.nii,0\n", encoding="latin-1")
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("a.nii,0\nb\0.nii,1\n", "line 2 has a NUL"),
+        ('a.nii,0\n"b.nii,1\nc.nii,0\n', "cannot be read as a CSV (unexpected end of data)"),
+        ('"a.nii"x,0\n', "cannot be read as a CSV"),
+        ("a.nii,0\n" + "b" * 2**16 + ",1\n", "line 2 has more than 65536 characters"),
+        ("a.nii,0,1,2\n" * 3, "expected two columns (path, label), or a header; found 4"),
+        ("a.nii,0\nb.nii,1,2\n", "row 2: 3 cells, expected 2 in a row"),
+        ("a.nii,0\n" + "b" * 300 + "/c.nii,1\n", None),
+    ],
+)
+def test_csv_nonsense(tmp_path, text, words):
+    if words is None:  # no file can have such a name: a matter of the scans
+        with pytest.raises(InputError, match=r"b/c\.nii: cannot be found \(File name too long\)"):
+            dataset.check_grid(read_text(tmp_path, text))
+        return
+    with pytest.raises(InputError) as error:
+        read_text(tmp_path, text)
+    assert f"{tmp_path / 'data.csv'}: {words}" in str(error.value)
+
+
+def test_csv_of_too_many_rows_or_bytes(tmp_path, monkeypatch):
+    monkeypatch.setattr(dataset, "MOST_ROWS", 3)
+    text = "a.nii,0\nb.nii,1\nc.nii,1\n"
+    assert len(read_text(tmp_path, text)) == 3
+    with pytest.raises(InputError, match="more than 3 rows"):
+        read_text(tmp_path, text + "d.nii,1\n")
+    monkeypatch.setattr(dataset, "CSV_SIZE", len(text))
+    assert len(read_text(tmp_path, text)) == 3
+    with pytest.raises(InputError, match="is larger than"):
+        read_text(tmp_path, text + "\n")
+
+
+def test_csv_that_is_a_pipe(tmp_path):
+    os.mkfifo(tmp_path / "data.csv")
+    with pytest.raises(InputError, match="is a pipe or a device, expected a CSV"):
+        dataset.read_csv(tmp_path / "data.csv")
 
 
 # The grid ----------------------------------------------------------------------------------------
@@ -205,8 +245,8 @@ def break_scan(kind: str, folder: Path) -> str:
         ("folder", ["is a folder"]),
         ("text", ["not a NIfTI image"]),
         ("empty", ["not a NIfTI image"]),
-        ("truncated", ["not a NIfTI image"]),
-        ("analyze", ["not a NIfTI image", "Analyze"]),
+        ("truncated", ["cannot be read", "ended"]),
+        ("analyze", ["not a NIfTI image", ".nii.gz"]),
         ("volumes", ["one 3D volume", "(5, 6, 7, 2)"]),
         ("slice", ["one 3D volume", "(5, 6)"]),
         ("turned", ["shape (6, 5, 7)", "first scan", "(5, 6, 7)"]),

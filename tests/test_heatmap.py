@@ -639,6 +639,47 @@ def test_published_folds_are_five_unless_told(published, tmp_path, capsys):
 # Mistakes ----------------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize(
+    ("path", "name"),
+    [
+        ("scans/a b.nii.gz", "f1_00007_a_b.nii.gz"),
+        ("../../etc/passwd", "f1_00007_passwd.nii.gz"),
+        ("..", "f1_00007_...nii.gz"),
+        ("$(x);\x1b\n/.nii", "f1_00007_.nii.gz"),
+        ("é脳.nii", "f1_00007___.nii.gz"),
+        ("x" * 251 + ".nii", f"f1_00007_{'x' * 150}.nii.gz"),
+    ],
+)
+def test_map_of_a_scan_stays_in_its_folder(tmp_path, path, name):
+    assert heatmap.subject_file(tmp_path, 1, 7, path) == tmp_path / "subjects" / name
+
+
+@pytest.mark.parametrize("weights", [None, [], "x", {"0": ["x"]}])
+def test_record_of_maps_that_was_edited(tmp_path, weights):
+    (tmp_path / "map.json").write_text(json.dumps({"weights_sha256": weights}))
+    if isinstance(weights, dict):
+        assert heatmap.finished_folds(tmp_path, {0: "x"}) == []
+        return
+    with pytest.raises(utils.InputError, match=r"map\.json: is damaged: 'weights_sha256' is"):
+        heatmap.finished_folds(tmp_path, {0: "x"})
+
+
+@pytest.mark.parametrize(
+    "row", ["x,a.nii,1,s,1,1,0.5,2,", "0,a.nii,1,s,1,1,0.5", "0,a.nii,1,s,1,1,half,2,", '"']
+)
+def test_rows_of_subjects_that_were_edited(tmp_path, row):
+    header = ",".join(heatmap.SUBJECT_COLUMNS)
+    (tmp_path / "subjects.csv").write_text(f"{header}\n0,a.nii,1,007,1,1,0.5,2.5,\n")
+    rows = heatmap.read_subjects(tmp_path)
+    assert rows.astype(object).fillna("none").to_numpy().tolist() == [
+        [0, "a.nii", 1, "007", 1, 1, 0.5, 2.5, "none"]
+    ]
+    for content in (f"{header}\n{row}\n", header[:-1] + "\n", ""):
+        (tmp_path / "subjects.csv").write_text(content)
+        with pytest.raises(utils.InputError, match=r"subjects\.csv: (is damaged|cannot be read)"):
+            heatmap.read_subjects(tmp_path)
+
+
 def test_only_the_folds_that_are_run_need_weights(run_copy, tmp_path):
     (run_copy / "state_dict_f1.pth").unlink()
     assert explain("LRP", run_copy, tmp_path, "--run-folds", "0") == 0

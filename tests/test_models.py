@@ -1,5 +1,6 @@
 """models.py: the published networks to the letter, checkpoints that fit and that do not, `frozen`."""
 
+import os
 import pickle
 from pathlib import Path
 
@@ -213,7 +214,7 @@ def test_other_files(tmp_path, content: bytes):
 
 
 def test_folder(tmp_path):
-    assert "not a PyTorch state dict" in refusal(tmp_path)
+    assert "is a folder, expected a checkpoint" in refusal(tmp_path)
 
 
 def test_other_width(trained, tmp_path):
@@ -281,6 +282,57 @@ def test_weights_that_are_not_finite(trained, tmp_path, key: str, value: float):
     assert f"{key} has values that are not finite" in refusal(path)
 
 
+def other_kinds(wanted: torch.Tensor) -> dict[str, torch.Tensor]:
+    """Tensors of the right shape that are no weights."""
+    zeros = torch.zeros_like(wanted)
+    return {
+        "sparse": zeros.to_sparse(),
+        "complex": zeros.to(torch.complex64),
+        "whole": zeros.long(),
+        "quantised": torch.quantize_per_tensor(zeros, 0.1, 0, torch.qint8),
+        "without values": zeros.to("meta"),
+    }
+
+
+@pytest.mark.parametrize("kind", ["sparse", "complex", "whole", "quantised", "without values"])
+def test_tensors_of_another_kind(trained, tmp_path, kind):
+    path = tmp_path / "state_dict_f0.pth"
+    state = trained.state_dict()
+    torch.save(state | {"classifier.3.weight": other_kinds(state["classifier.3.weight"])[kind]}, path)
+    message = refusal(path)
+    assert "classifier.3.weight is a tensor of" in message or "it asks for torch" in message
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_weights_of_another_precision_are_taken(trained, tmp_path, dtype):
+    path = tmp_path / "state_dict_f0.pth"
+    state = {key: values.to(dtype) if values.is_floating_point() else values for key, values in
+             trained.state_dict().items()}  # fmt: skip
+    torch.save(state, path)
+    found = load_weights(build_model("modelB2", GRID), path, CPU).state_dict()
+    assert all(torch.equal(found[key], values.to(found[key].dtype)) for key, values in state.items())
+
+
+def test_negative_variances(trained, tmp_path):
+    path = tmp_path / "state_dict_f0.pth"
+    torch.save(trained.state_dict() | {"features.1.running_var": torch.tensor([1.0, -1.0])}, path)
+    assert "features.1.running_var has negative" in refusal(path)
+
+
+@pytest.mark.parametrize("zipped", [True, False])
+def test_checkpoints_larger_than_the_model(trained, tmp_path, zipped):
+    path = tmp_path / "state_dict_f0.pth"
+    torch.save(
+        trained.state_dict() | {"more": torch.zeros(10**6)}, path, _use_new_zipfile_serialization=zipped
+    )
+    assert "larger than" in refusal(path)
+
+
+def test_pipe(tmp_path):
+    os.mkfifo(tmp_path / "state_dict_f0.pth")
+    assert "is a pipe" in refusal(tmp_path / "state_dict_f0.pth")
+
+
 class Payload:
     """Unpickling makes a folder: stands for code that a checkpoint from elsewhere may hold."""
 
@@ -291,8 +343,11 @@ class Payload:
         return Path.mkdir, (self.folder,)
 
 
+@pytest.mark.parametrize("guards", ["both", "weights_only alone"])
 @pytest.mark.parametrize("writer", ["torch", "pickle"])
-def test_code_in_a_checkpoint_does_not_run(trained, tmp_path, writer: str):
+def test_code_in_a_checkpoint_does_not_run(trained, tmp_path, monkeypatch, writer: str, guards: str):
+    if guards != "both":
+        monkeypatch.setattr(models, "_check_pickle", lambda stream: None)
     path, made = tmp_path / "state_dict_f0.pth", tmp_path / "made"
     content = {**trained.state_dict(), "classifier.3.bias": Payload(made)}
     if writer == "torch":

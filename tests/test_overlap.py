@@ -396,6 +396,43 @@ def test_method_of_other_folds(broken, tmp_path, capsys):
     assert "IG has 3" in line
 
 
+@pytest.mark.parametrize(
+    ("record", "words"),
+    [
+        ({"folds": 10**9}, "has 1000000000 folds"),
+        ({"folds": -1}, "has -1 folds"),
+        ({"folds": "3"}, "'folds' is '3'"),
+        ({"folds": True}, "'folds' is True"),
+        ({"folds": K, "csv_sha256": [["abc"]]}, "'csv_sha256' is [['abc']]"),
+    ],
+)
+def test_nonsense_in_a_record(broken, tmp_path, capsys, record, words):
+    (broken / "heatmaps" / "IG" / "map.json").write_text(json.dumps(record))
+    line = refuse(broken, tmp_path, capsys)
+    assert words in line
+    assert "IG" in line
+
+
+def test_map_of_a_fold_beyond_all_bounds(broken, tmp_path, capsys):
+    (broken / "heatmaps" / "IG" / "map.json").unlink()
+    (broken / "heatmaps" / "IG" / f"map_f{10**30}.nii.gz").touch()
+    assert "folds, expected at most" in refuse(broken, tmp_path, capsys)
+
+
+@pytest.mark.parametrize("name", ["random", "edges", "a\nb", "\x1b[31m", "\u202eGI"])
+def test_method_of_a_name_that_cannot_be(broken, tmp_path, capsys, name):
+    (broken / "heatmaps" / "IG").rename(broken / "heatmaps" / name)
+    line = refuse(broken, tmp_path, capsys)
+    assert "cannot have this name" in line
+    assert line.rstrip("\n").isprintable()
+
+
+def test_method_with_signs_of_formulas_is_drawn_as_it_is(broken, tmp_path):
+    (broken / "heatmaps" / "IG").rename(broken / "heatmaps" / "I$\\frac{G$ {0.x} %s")
+    assert compare(broken, tmp_path / "out") == 0
+    assert (tmp_path / "out" / "overlap.png").stat().st_size > 0
+
+
 @pytest.mark.parametrize("value", [np.nan, np.inf])
 def test_map_that_is_not_finite(broken, tmp_path, capsys, value):
     values = fold_map("SVM", 1)

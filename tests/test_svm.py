@@ -558,12 +558,11 @@ def test_other_arguments_are_refused(copy, csv, run, mask, tmp_path, capsys):
 
 def test_other_folds_of_the_same_arguments_are_refused(copy, run, tmp_path, capsys):
     run = Path(shutil.copytree(run, tmp_path / "models"))
-    lines = (run / "folds.csv").read_text().splitlines()
-    swap = {"train": "val", "val": "train"}
-    first = next(i for i, line in enumerate(lines) if line.split(",")[1] in swap)
-    fold, role, rest = lines[first].split(",", 2)
-    lines[first] = ",".join([fold, swap[role], rest])
-    (run / "folds.csv").write_text("\n".join(lines) + "\n")
+    folds = read_table(run / "folds.csv")
+    trained = (folds["fold"] == 0) & (folds["role"] == "train")
+    moved = trained & (folds["subject"] == folds.loc[trained, "subject"].iloc[0])
+    folds.loc[moved, "role"] = "val"
+    folds.to_csv(run / "folds.csv", index=False)
     assert train_svm(run, copy) == 2
     assert "folds_sha256" in only_error(capsys.readouterr().err)
 

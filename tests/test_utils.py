@@ -1,4 +1,4 @@
-"""utils.py: errors, options, devices, seeds, whole files, folders and maps."""
+"""utils.py: errors, options, devices, seeds, whole files, folders and pictures."""
 
 import argparse
 import json
@@ -10,12 +10,11 @@ import subprocess
 import sys
 from pathlib import Path
 
-import nibabel as nib
 import numpy as np
 import pandas as pd
 import pytest
 import torch
-from cohorts import AFFINE, OBLIQUE, contents, only_error, read_nifti, read_values, write_scan
+from cohorts import AFFINE, contents, only_error
 
 import utils
 
@@ -35,6 +34,31 @@ def test_command_turns_a_mistake_into_one_line(capsys):
     captured = capsys.readouterr()
     assert only_error(captured.err) == "error: --batch 0: expected more\n"
     assert captured.out == ""
+
+
+@pytest.mark.parametrize(
+    ("text", "line"),
+    [
+        ("a\n b\t  c", "a b c"),
+        ("\x1b[31mred\x07", "\\x1b[31mred\\x07"),
+        ("\u202egnp.exe", "\\u202egnp.exe"),
+        ("\udcff", "\\udcff"),
+        ("süß 脳 {0} %s", "süß 脳 {0} %s"),
+    ],
+)
+def test_what_is_shown_is_harmless(text, line):
+    assert utils.printable(text) == line
+
+
+def test_what_is_shown_is_not_endless():
+    assert len(utils.printable("x" * 10**6)) < 2 * utils.LONGEST
+
+
+def test_naming_puts_a_name_in_front_of_a_mistake_alone():
+    with pytest.raises(utils.InputError, match=r"^--mask a: is empty$"), utils.naming("--mask a"):
+        raise utils.InputError("is empty")
+    with pytest.raises(ValueError, match=r"^a fault$"), utils.naming("--mask a"):
+        raise ValueError("a fault")
 
 
 def test_command_passes_the_status_and_the_arguments():
@@ -330,13 +354,30 @@ def test_json_round_trip(tmp_path):
     assert utils.read_json(tmp_path / "run.json") == record
 
 
-@pytest.mark.parametrize("content", [None, b"", b"{", b"[1]", b"\xff\xfe"])
+DEEP, LONG = b'{"a":' * 10**5, b'{"a": ' + b"1" * 5000 + b"}"
+
+
+@pytest.mark.parametrize("content", [None, b"", b"{", b"[1]", b"\xff\xfe", DEEP, LONG])
 def test_json_errors(tmp_path, content):
     path = tmp_path / "run.json"
     if content is not None:
         path.write_bytes(content)
     with pytest.raises(utils.InputError, match=r"run\.json.*JSON"):
         utils.read_json(path)
+
+
+def test_json_of_no_sensible_size(tmp_path):
+    (tmp_path / "run.json").write_text("{}" + " " * utils.RECORD_SIZE)
+    with pytest.raises(utils.InputError, match=r"run\.json: is no record of a run"):
+        utils.read_json(tmp_path / "run.json")
+
+
+def test_recorded():
+    assert utils.recorded({"k": 3}, "k", int, lambda k: k > 2) == 3
+    assert utils.recorded({"k": 0.5}, "k", (int, float)) == 0.5
+    for record in ({}, {"k": True}, {"k": "3"}, {"k": None}, {"k": 2}, {"k": [3] * 10**6}, [], None, "k"):
+        with pytest.raises(utils.InputError, match=r"^is damaged: 'k' is .{1,60}$"):
+            utils.recorded(record, "k", int, lambda k: k > 2)
 
 
 def test_sha256(tmp_path):
@@ -434,71 +475,7 @@ def test_choose_folds():
         utils.choose_folds([0, 3], 3)
 
 
-# NIfTI maps --------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("affine", [AFFINE, OBLIQUE], ids=["straight", "oblique"])
-@pytest.mark.parametrize("name", ["map.nii", "map.nii.gz"])
-@pytest.mark.parametrize("image_class", [nib.Nifti1Image, nib.Nifti2Image])
-def test_map_lies_where_the_scan_lies(tmp_path, affine, name, image_class):
-    scan = read_nifti(
-        write_scan(tmp_path / "scan.nii", np.ones(SHAPE, np.int16), affine, image_class=image_class)
-    )
-    utils.save_map(np.zeros(SHAPE), scan.header, tmp_path / name)
-    found = read_nifti(tmp_path / name)
-    assert found.shape == SHAPE
-    # NIfTI-1 keeps what it stores; a NIfTI-2 scan's float64 may be rounded to float32
-    rounding = 0 if image_class is nib.Nifti1Image else 2**-23
-    for get in ("get_sform", "get_qform"):
-        mine, code = getattr(found.header, get)(coded=True)
-        theirs, wanted = getattr(scan.header, get)(coded=True)
-        assert code == wanted != 0
-        assert np.allclose(mine, theirs, rtol=rounding, atol=rounding)
-    assert np.allclose(found.affine, scan.affine, rtol=rounding, atol=0)
-    assert np.allclose(found.header.get_zooms(), scan.header.get_zooms(), rtol=rounding, atol=0)
-    assert found.header.get_xyzt_units() == ("mm", "sec")
-
-
-def test_map_of_a_nifti2_scan_is_written_without_a_word(tmp_path, caplog):
-    path = write_scan(tmp_path / "scan.nii", np.ones(SHAPE, np.int16), image_class=nib.Nifti2Image)
-    utils.save_map(np.zeros(SHAPE), read_nifti(path).header, tmp_path / "map.nii")
-    assert caplog.messages == []
-
-
-@pytest.mark.parametrize(("sform", "qform"), [(0, 1), (4, 0), (2, 3)])
-def test_map_keeps_the_codes(tmp_path, sform, qform):
-    image = nib.Nifti1Image(np.ones(SHAPE, np.int16), AFFINE)
-    image.set_sform(AFFINE, code=sform)
-    image.set_qform(AFFINE, code=qform)
-    nib.save(image, tmp_path / "scan.nii")
-    utils.save_map(np.zeros(SHAPE), read_nifti(tmp_path / "scan.nii").header, tmp_path / "map.nii")
-    found = read_nifti(tmp_path / "map.nii")
-    assert (int(found.header["sform_code"]), int(found.header["qform_code"])) == (sform, qform)
-    # a qform stores the rotation as three float32 numbers: a few parts in 1e7 of 90 mm
-    assert np.allclose(found.affine, AFFINE, rtol=0, atol=1e-4)
-
-
-@pytest.mark.parametrize("dtype", [np.float32, np.float64])
-def test_map_values_are_float32_and_unscaled(tmp_path, dtype):
-    path = write_scan(tmp_path / "scan.nii", np.ones(SHAPE, np.int16))
-    raw = bytearray(path.read_bytes())
-    raw[112:120] = np.array([3, -7], "<f4").tobytes()  # the scan's own scl_slope and scl_inter
-    raw[124:132] = np.array([90, 10], "<f4").tobytes()  # cal_max, cal_min: a viewer's window
-    path.write_bytes(raw)
-    values = (np.random.default_rng(0).normal(size=SHAPE) * 1e-6).astype(dtype)
-    kept = values.copy()
-    header = read_nifti(path).header
-    before = header.copy()
-    utils.save_map(values, header, tmp_path / "map.nii.gz")
-    found = read_nifti(tmp_path / "map.nii.gz")
-    assert found.get_data_dtype() == np.float32
-    assert np.array_equal(read_values(tmp_path / "map.nii.gz"), values.astype(np.float32))
-    assert found.header["cal_max"] == found.header["cal_min"] == 0
-    assert header == before
-    assert np.array_equal(values, kept)
-    loaded = utils.load_map(tmp_path / "map.nii.gz")
-    assert loaded.dtype == np.float32
-    assert np.array_equal(loaded, values.astype(np.float32))
+# Pictures ----------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("low", [0, -1e-9, -1])

@@ -1,0 +1,317 @@
+"""nifti.py: what is read and what is refused, and maps that lie where the scans lie."""
+
+import gzip
+import os
+import struct
+from pathlib import Path
+
+import nibabel as nib
+import numpy as np
+import pytest
+from cohorts import AFFINE, OBLIQUE, read_nifti, read_values, voxels, white, write_scan
+
+import nifti
+from utils import InputError
+
+SHAPE = (4, 5, 6)
+
+
+# Reading -----------------------------------------------------------------------------------------
+
+
+def patched(path: Path, *fields: tuple[int, str, object], source: Path | None = None) -> Path:
+    """Overwrite fields of a header, each an offset, a struct format and a value; .gz is packed again."""
+    raw = bytearray((source or path).read_bytes())
+    packed = raw[:2] == nifti.GZIP
+    raw = bytearray(gzip.decompress(raw)) if packed else raw
+    for offset, form, value in fields:
+        struct.pack_into(form, raw, offset, *np.atleast_1d(value).tolist())
+    path.write_bytes(gzip.compress(raw) if packed else raw)
+    return path
+
+
+def refusal(path: Path) -> str:
+    """What both ways of reading say of a file; the header alone shows what is wrong with it."""
+    messages = []
+    for read in (nifti.read_grid, nifti.read_image):
+        with pytest.raises(InputError) as error:
+            read(path)
+        messages.append(str(error.value))
+    assert messages[0] == messages[1]
+    return messages[0]
+
+
+@pytest.mark.parametrize("name", ["a.nii", "a.nii.gz", "A.NII.GZ"])
+@pytest.mark.parametrize("image_class", [nib.Nifti1Image, nib.Nifti2Image])
+@pytest.mark.parametrize("dtype", [np.uint8, np.int16, np.uint32, np.float32, np.float64, ">f4", ">i2"])
+def test_reads_what_nibabel_reads(tmp_path, name, image_class, dtype):
+    values = (1000 * white(SHAPE, 0)).clip(0, 255).astype(dtype)
+    path = write_scan(tmp_path / name, values, OBLIQUE, image_class)
+    found, grid = nifti.read_image(path)
+    image = read_nifti(path)
+    assert found.dtype == np.float32
+    assert np.array_equal(found, image.get_fdata(dtype=np.float32))
+    assert np.array_equal(grid.affine, image.affine)
+    assert grid.shape == nifti.read_grid(path).shape == SHAPE
+
+
+@pytest.mark.parametrize("dtype", [np.uint8, np.int16, np.int32, np.float32, np.float64])
+@pytest.mark.parametrize(
+    ("slope", "inter"), [(-0.5, 300), (1, 0), (1, 7), (0, 9), (np.nan, 1), (np.inf, 2), (3e-5, 0)]
+)
+def test_scaling_is_nibabels(tmp_path, dtype, slope, inter):
+    path = write_scan(tmp_path / "a.nii", voxels(3, shape=SHAPE).astype(dtype))
+    patched(path, (112, "<2f", [slope, inter]))
+    assert np.array_equal(nifti.read_image(path)[0], read_nifti(path).get_fdata(dtype=np.float32))
+
+
+def test_images_of_many_blocks(tmp_path, monkeypatch):
+    monkeypatch.setattr(nifti, "BLOCK", 7)
+    for name in ("a.nii", "a.nii.gz"):
+        path = write_scan(tmp_path / name, voxels(3, shape=SHAPE))
+        assert np.array_equal(nifti.read_image(path)[0], voxels(3, shape=SHAPE))
+
+
+def test_extensions_and_whatever_follows_plain_voxels_are_passed_over(tmp_path):
+    image = nib.Nifti1Image(voxels(3, shape=SHAPE), AFFINE)
+    image.header.extensions.append(nib.nifti1.Nifti1Extension("comment", b"born 1950" * 100))
+    nib.save(image, tmp_path / "a.nii")
+    nib.save(image, tmp_path / "a.nii.gz")
+    with (tmp_path / "a.nii").open("ab") as stream:
+        stream.write(b"rest")
+    for name in ("a.nii", "a.nii.gz"):
+        values, grid = nifti.read_image(tmp_path / name)
+        assert np.array_equal(values, voxels(3, shape=SHAPE))
+        nifti.save_map(values, grid.header, tmp_path / "map.nii")
+        assert b"born" not in (tmp_path / "map.nii").read_bytes()
+        assert np.array_equal(nifti.load_map(tmp_path / "map.nii"), values)
+
+
+LENGTHS, FORM = 40, "<8h"  # where a NIfTI-1 header keeps its dimensions
+
+
+@pytest.mark.parametrize(
+    ("field", "words"),
+    [
+        ((LENGTHS, FORM, [3, 30000, 30000, 30000, 1, 1, 1, 1]), "30000x30000x30000 voxels, more than"),
+        ((LENGTHS, FORM, [3, 400, 400, 400, 1, 1, 1, 1]), "128000352 bytes"),
+        ((LENGTHS, FORM, [3, -4, 5, 6, 1, 1, 1, 1]), "(-4, 5, 6)"),
+        ((LENGTHS, FORM, [3, -4, -5, 6, 1, 1, 1, 1]), "(-4, -5, 6)"),
+        ((LENGTHS, FORM, [3, 0, 5, 6, 1, 1, 1, 1]), "(0, 5, 6)"),
+        ((LENGTHS, FORM, [4, 4, 5, 6, -1, 1, 1, 1]), "(4, 5, 6, -1)"),
+        ((LENGTHS, FORM, [5, 4, 5, 6, -1, -1, 1, 1]), "(4, 5, 6, -1, -1)"),
+        ((LENGTHS, FORM, [4, 4, 5, 3, 2, 1, 1, 1]), "one 3D volume"),
+        ((LENGTHS, FORM, [2, 4, 30, 1, 1, 1, 1, 1]), "one 3D volume"),
+        ((108, "<f", np.nan), "vox_offset"),
+        ((108, "<f", np.inf), "vox_offset"),
+        ((108, "<f", -352), "byte -352"),
+        ((108, "<f", 0), "byte 0"),
+        ((108, "<f", 348), "byte 348"),
+        ((108, "<f", 352.5), "byte 352.5"),
+        ((108, "<f", 3e38), "byte 3e+38"),
+        ((108, "<f", 400), "640 bytes"),
+        ((70, "<h", 0), "data code 0"),
+        ((70, "<h", 32), "complex64"),
+        ((70, "<h", 128), "real voxels"),
+        ((70, "<h", 999), "999"),
+        ((344, "<3s", b"ni1"), "half of a .hdr/.img pair"),
+        ((344, "<3s", b"abc"), "no NIfTI header"),
+        ((280, "<f", np.nan), "affine"),
+        ((280, "<12f", np.zeros(12)), "affine"),
+    ],
+)
+@pytest.mark.parametrize("name", ["a.nii", "a.nii.gz"])
+def test_headers_that_make_no_sense(tmp_path, field, words, name):
+    noise = np.random.default_rng(0).integers(0, 9, SHAPE, np.int16)
+    path = write_scan(tmp_path / name, noise)
+    if name.endswith(".gz") and words in ("128000352 bytes", "640 bytes"):
+        pytest.skip("a packed file of this size may hold so much")
+    form, value = field[1:]
+    if isinstance(value, bytes):
+        raw = bytearray(write_scan(tmp_path / "b.nii", noise).read_bytes())
+        raw[344:347] = value
+        path.write_bytes(gzip.compress(raw) if name.endswith(".gz") else raw)
+    else:
+        patched(path, (field[0], form, value))
+    assert words in refusal(path)
+
+
+@pytest.mark.parametrize("lengths", [[3, 2**62, 2**62, 2**62], [3, -1, 5, 6], [9, 4, 5, 6], [3, 4, 5, 2**40]])
+def test_nifti2_headers_that_make_no_sense(tmp_path, lengths):
+    path = write_scan(tmp_path / "a.nii", voxels(3, shape=SHAPE), image_class=nib.Nifti2Image)
+    refusal(patched(path, (16, f"<{len(lengths)}q", lengths)))
+
+
+def test_a_quaternion_that_is_none(tmp_path):
+    path = write_scan(tmp_path / "a.nii", voxels(3, shape=SHAPE))
+    assert "affine" in refusal(patched(path, (252, "<2h", [1, 0]), (256, "<3f", [3, 3, 3])))
+
+
+def test_small_repairs_are_made_without_a_word(tmp_path, caplog, capfd):
+    path = patched(
+        write_scan(tmp_path / "a.nii", voxels(3, shape=SHAPE)), (80, "<f", -1.5)
+    )  # a length is > 0
+    assert np.array_equal(nifti.read_grid(path).affine, AFFINE)
+    assert caplog.messages == []
+    assert capfd.readouterr().err == ""
+
+
+def test_an_intercept_that_is_not_finite(tmp_path):
+    path = patched(write_scan(tmp_path / "a.nii", voxels(3, shape=SHAPE)), (112, "<2f", [2, np.nan]))
+    with pytest.raises(InputError, match=r"cannot be read .*intercept"):
+        nifti.read_image(path)
+
+
+def test_values_beyond_float32_are_infinite_without_a_warning(tmp_path, recwarn):
+    values = np.full(SHAPE, 1e300)
+    values[0, 0, 0] = -1e300
+    assert np.isinf(nifti.read_image(write_scan(tmp_path / "a.nii", values))[0]).all()
+    assert not recwarn.list
+
+
+# Packed files ------------------------------------------------------------------------------------
+
+
+def packed(path: Path, change: str) -> Path:
+    """A .nii.gz that is broken in one way."""
+    raw = write_scan(path.with_name("whole.nii"), np.random.default_rng(0).random((40, 40, 40))).read_bytes()
+    content = gzip.compress(raw)
+    if change == "checksum":
+        content = content[:-8] + bytes([content[-8] ^ 1]) + content[-7:]
+    elif change == "no checksum":
+        content = content[:-8]
+    elif change == "cut":
+        content = content[: len(content) * 3 // 4]
+    elif change == "one byte more":
+        content = gzip.compress(raw + b"!")
+    elif change == "another member":
+        content += gzip.compress(bytes(10**6))
+    elif change == "rubbish behind":
+        content += b"rubbish"
+    elif change == "one byte less":
+        content = gzip.compress(raw[:-1])
+    elif change == "two members":
+        content = gzip.compress(raw[:1000]) + gzip.compress(raw[1000:])
+    path.write_bytes(content)
+    return path
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ("checksum", "CRC"),
+        ("no checksum", "ended"),
+        ("cut", "ended"),
+        ("one byte more", "unpacks to more"),
+        ("another member", "unpacks to more"),
+        ("rubbish behind", "gzip"),
+        ("one byte less", "ends before its last voxel"),
+    ],
+)
+def test_damage_beyond_the_header(tmp_path, change, words):
+    path = packed(tmp_path / "a.nii.gz", change)
+    nifti.read_grid(path)
+    with pytest.raises(InputError, match=words):
+        nifti.read_image(path)
+
+
+def test_several_gzip_members_are_one_file(tmp_path):
+    values, _ = nifti.read_image(packed(tmp_path / "a.nii.gz", "two members"))
+    assert np.array_equal(values, np.random.default_rng(0).random((40, 40, 40)).astype(np.float32))
+
+
+def test_suffix_and_content_must_agree(tmp_path):
+    plain = write_scan(tmp_path / "a.nii", voxels(3, shape=SHAPE)).read_bytes()
+    (tmp_path / "b.nii").write_bytes(gzip.compress(plain))
+    assert "packed with gzip, its name must end in .gz" in refusal(tmp_path / "b.nii")
+    (tmp_path / "c.nii.gz").write_bytes(plain)
+    assert "not packed with gzip" in refusal(tmp_path / "c.nii.gz")
+    for name in ("d.img", "d.nii.bz2", "d", "d.gz"):
+        (tmp_path / name).write_bytes(plain)
+        assert "expected a .nii or .nii.gz" in refusal(tmp_path / name)
+
+
+def test_what_is_no_file(tmp_path):
+    os.mkfifo(tmp_path / "pipe.nii")
+    assert "pipe" in refusal(tmp_path / "pipe.nii")
+    (tmp_path / "folder.nii").mkdir()
+    assert "is a folder" in refusal(tmp_path / "folder.nii")
+    (tmp_path / "empty.nii").touch()
+    assert "no NIfTI header" in refusal(tmp_path / "empty.nii")
+    assert "no such file" in refusal(tmp_path / "empty.nii" / "below.nii")
+    assert "no such file" in refusal(tmp_path / "none.nii")
+    assert "too long" in refusal(tmp_path / ("long" * 100 + ".nii"))
+    (tmp_path / "loop.nii").symlink_to(tmp_path / "loop.nii")
+    assert "cannot be found" in refusal(tmp_path / "loop.nii")
+
+
+def test_load_map_names_the_map(tmp_path):
+    with pytest.raises(InputError, match=r"map\.nii: no such file"):
+        nifti.load_map(tmp_path / "map.nii")
+
+
+# Writing -----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("affine", [AFFINE, OBLIQUE], ids=["straight", "oblique"])
+@pytest.mark.parametrize("name", ["map.nii", "map.nii.gz"])
+@pytest.mark.parametrize("image_class", [nib.Nifti1Image, nib.Nifti2Image])
+def test_map_lies_where_the_scan_lies(tmp_path, affine, name, image_class):
+    scan = read_nifti(
+        write_scan(tmp_path / "scan.nii", np.ones(SHAPE, np.int16), affine, image_class=image_class)
+    )
+    nifti.save_map(np.zeros(SHAPE), scan.header, tmp_path / name)
+    found = read_nifti(tmp_path / name)
+    assert found.shape == SHAPE
+    # NIfTI-1 keeps what it stores; a NIfTI-2 scan's float64 may be rounded to float32
+    rounding = 0 if image_class is nib.Nifti1Image else 2**-23
+    for get in ("get_sform", "get_qform"):
+        mine, code = getattr(found.header, get)(coded=True)
+        theirs, wanted = getattr(scan.header, get)(coded=True)
+        assert code == wanted != 0
+        assert np.allclose(mine, theirs, rtol=rounding, atol=rounding)
+    assert np.allclose(found.affine, scan.affine, rtol=rounding, atol=0)
+    assert np.allclose(found.header.get_zooms(), scan.header.get_zooms(), rtol=rounding, atol=0)
+    assert found.header.get_xyzt_units() == ("mm", "sec")
+
+
+def test_map_of_a_nifti2_scan_is_written_without_a_word(tmp_path, caplog):
+    path = write_scan(tmp_path / "scan.nii", np.ones(SHAPE, np.int16), image_class=nib.Nifti2Image)
+    nifti.save_map(np.zeros(SHAPE), read_nifti(path).header, tmp_path / "map.nii")
+    assert caplog.messages == []
+
+
+@pytest.mark.parametrize(("sform", "qform"), [(0, 1), (4, 0), (2, 3)])
+def test_map_keeps_the_codes(tmp_path, sform, qform):
+    image = nib.Nifti1Image(np.ones(SHAPE, np.int16), AFFINE)
+    image.set_sform(AFFINE, code=sform)
+    image.set_qform(AFFINE, code=qform)
+    nib.save(image, tmp_path / "scan.nii")
+    nifti.save_map(np.zeros(SHAPE), read_nifti(tmp_path / "scan.nii").header, tmp_path / "map.nii")
+    found = read_nifti(tmp_path / "map.nii")
+    assert (int(found.header["sform_code"]), int(found.header["qform_code"])) == (sform, qform)
+    # a qform stores the rotation as three float32 numbers: a few parts in 1e7 of 90 mm
+    assert np.allclose(found.affine, AFFINE, rtol=0, atol=1e-4)
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+def test_map_values_are_float32_and_unscaled(tmp_path, dtype):
+    path = write_scan(tmp_path / "scan.nii", np.ones(SHAPE, np.int16))
+    raw = bytearray(path.read_bytes())
+    raw[112:120] = np.array([3, -7], "<f4").tobytes()  # the scan's own scl_slope and scl_inter
+    raw[124:132] = np.array([90, 10], "<f4").tobytes()  # cal_max, cal_min: a viewer's window
+    path.write_bytes(raw)
+    values = (np.random.default_rng(0).normal(size=SHAPE) * 1e-6).astype(dtype)
+    kept = values.copy()
+    header = read_nifti(path).header
+    before = header.copy()
+    nifti.save_map(values, header, tmp_path / "map.nii.gz")
+    found = read_nifti(tmp_path / "map.nii.gz")
+    assert found.get_data_dtype() == np.float32
+    assert np.array_equal(read_values(tmp_path / "map.nii.gz"), values.astype(np.float32))
+    assert found.header["cal_max"] == found.header["cal_min"] == 0
+    assert header == before
+    assert np.array_equal(values, kept)
+    loaded = nifti.load_map(tmp_path / "map.nii.gz")
+    assert loaded.dtype == np.float32
+    assert np.array_equal(loaded, values.astype(np.float32))

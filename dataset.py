@@ -26,6 +26,7 @@ from nifti import Grid
 COLUMNS = ["path", "label", "subject"]
 CACHES = ("auto", "ram", "disk", "none")
 SCALING = "min-max, float32"
+WORKERS = 2  # threads that look at voxels where nothing is to be kept
 SHOWN = 20  # bad scans named in one message
 # of a list of scans: twice as many as UK Biobank has; what is larger is something else, and not read
 CSV_SIZE, MOST_ROWS, LONGEST_LINE = 2**25, 200_000, 2**16
@@ -90,6 +91,8 @@ def _read_cells(file: Path) -> pd.DataFrame:
     named = "path" in header or "label" in header
     if named and not ({"path", "label"} <= set(header) and len(set(header)) == len(header)):
         raise utils.InputError(f"the header needs 'path' and 'label', once each; it has {header}")
+    if not first:
+        raise utils.InputError("holds no scans")
     if not named and len(header) != 2:
         raise utils.InputError(
             f"expected two columns (path, label), or a header; found {len(header)} of them"
@@ -141,19 +144,22 @@ def check_grid(table: pd.DataFrame) -> Grid:
     Raises:
         utils.InputError: naming every scan that cannot be used, the first 20 in words.
     """
-    grids, problems = [], []
-    for path, file in zip(table["path"], table["file"], strict=True):
+    grids: list[Grid] = []
+    problems: dict[int, str] = {}
+    for row, file in enumerate(table["file"]):
         try:
             grids.append(nifti.read_grid(file))
         except utils.InputError as problem:
-            problems.append(f"{path}: {problem}")
+            problems[row] = str(problem)
             continue
         first = grids[0]
         if grids[-1].shape != first.shape:
-            problems.append(f"{path}: shape {grids[-1].shape}, the first scan has {first.shape}")
+            problems[row] = f"shape {grids[-1].shape}, the first scan has {first.shape}"
         elif not grids[-1].lies_like(first):
-            problems.append(f"{path}: its affine differs from the first scan's")
-    _report(problems, len(table))
+            problems[row] = "its affine differs from the first scan's"
+    if problems:  # the voxels of the others are looked at as well, so that one report has all
+        problems |= _decode(table["file"].drop(list(problems)), lambda row, volume: None, WORKERS)
+    _report(problems, table)
     return grids[0]
 
 
@@ -179,11 +185,13 @@ def read_scan(file: Path) -> np.ndarray:
     return values
 
 
-def _report(problems: list[str], total: int) -> None:
+def _report(problems: dict[int, str], table: pd.DataFrame) -> None:
+    """Raise InputError where there are problems, by row; the first in words."""
     if problems:
+        lines = [f"{table['path'][row]}: {problems[row]}" for row in sorted(problems)[:SHOWN]]
         more = f" (and {len(problems) - SHOWN} more)" if len(problems) > SHOWN else ""
         raise utils.InputError(
-            f"{len(problems)} of {total} scans cannot be used: {'; '.join(problems[:SHOWN])}{more}"
+            f"{len(problems)} of {len(table)} scans cannot be used: {'; '.join(lines)}{more}"
         )
 
 
@@ -260,7 +268,8 @@ def open_scans(table: pd.DataFrame, grid: Grid, cache: str, folder: Path, worker
         _fill_disk(table, stored, size, workers)
         return Scans(table, np.memmap(stored, np.float32, "c", shape=shape))
     store = np.empty(shape, np.float32) if cache == "ram" else None
-    _decode(table, (lambda i, volume: None) if store is None else store.__setitem__, workers)
+    keep = (lambda row, volume: None) if store is None else store.__setitem__
+    _report(_decode(table["file"], keep, workers), table)
     return Scans(table, store)
 
 
@@ -296,7 +305,8 @@ def _fill_disk(table: pd.DataFrame, stored: Path, size: int, workers: int) -> No
                 return
             with utils.whole_file(stored) as path:
                 # written, not mapped: a disk that fills up raises an error then, and does not kill
-                _decode(table, functools.partial(_write_volume, path), workers)
+                write = functools.partial(_write_volume, path)
+                _report(_decode(table["file"], write, workers), table)
             for former in set(utils.written(folder, ours)) - {stored}:  # of scans that have changed
                 former.unlink()
     except OSError as problem:
@@ -307,32 +317,32 @@ def _fill_disk(table: pd.DataFrame, stored: Path, size: int, workers: int) -> No
         raise
 
 
-def _write_volume(path: Path, i: int, volume: np.ndarray) -> None:
+def _write_volume(path: Path, row: int, volume: np.ndarray) -> None:
     """Write one decoded scan to its place in the file of all."""
     with path.open("r+b") as stream:
-        stream.seek(i * volume.nbytes)
+        stream.seek(row * volume.nbytes)
         stream.write(np.ascontiguousarray(volume).data)
 
 
-def _decode(table: pd.DataFrame, keep: Callable[[int, np.ndarray], None], workers: int) -> None:
-    """Decode and check every scan, and hand row and volume to `keep`."""
-    problems: list[str] = []
+def _decode(files: pd.Series, keep: Callable[[int, np.ndarray], None], workers: int) -> dict[int, str]:
+    """Decode and check scans, and hand row and volume to `keep`; returns what is wrong with which rows."""
+    problems: dict[int, str] = {}
 
-    def decode(i: int) -> None:
+    def decode(row: int) -> None:
         try:
-            volume = read_scan(table["file"][i])
+            volume = read_scan(files[row])
         except utils.InputError as problem:
-            problems.append(f"{table['path'][i]}: {problem}")
+            problems[row] = str(problem)
             return
-        keep(i, volume)
+        keep(row, volume)
 
     with ThreadPoolExecutor(max(workers, 1)) as pool:
         try:
-            for _ in utils.progress(pool.map(decode, range(len(table))), len(table), desc="reading scans"):
+            for _ in utils.progress(pool.map(decode, files.index), len(files), desc="reading scans"):
                 pass
         finally:
             pool.shutdown(cancel_futures=True)  # after Ctrl-C, too
-    _report(sorted(problems), len(table))
+    return problems
 
 
 def _cache_key(table: pd.DataFrame, grid: Grid) -> str:

@@ -2,4 +2,4 @@
 
 from hypothesis import settings
 
-settings.register_profile("long", max_examples=20_000)
+settings.register_profile("long", max_examples=10_000)

@@ -130,12 +130,7 @@ def map_fold(
     rows = dataset.rows(run.folds, fold, "test")
     baseline = None
     if options.get("baseline") == "controls":
-        controls = [i for i in dataset.rows(run.folds, fold, "train") if scans.labels[i] == 0]
-        if not controls:
-            raise utils.InputError(
-                f"--baseline controls: fold {fold} has no controls among its training scans"
-            )
-        mean = scans.mean(controls)
+        mean = scans.mean(training_controls(run, fold))
         nifti.save_map(mean, run.grid.header, folder / f"baseline_f{fold}.nii.gz")
         baseline = torch.from_numpy(mean).to(next(model.parameters()).device)[None, None]
 
@@ -152,6 +147,14 @@ def map_fold(
     nifti.save_map(mean, run.grid.header, folder / f"map_f{fold}.nii.gz")
     known = run.table.loc[rows, dataset.COLUMNS].reset_index(drop=True).assign(fold=fold)
     return pd.concat([known, about], axis=1)[SUBJECT_COLUMNS]
+
+
+def training_controls(run: Run, fold: int) -> list[int]:
+    """The rows of a fold's training controls; InputError where it has none."""
+    controls = [row for row in dataset.rows(run.folds, fold, "train") if run.table["label"][row] == 0]
+    if not controls:
+        raise utils.InputError(f"--baseline controls: fold {fold} has no controls among its training scans")
+    return controls
 
 
 def configure(
@@ -356,6 +359,8 @@ def main(argv: list[str] | None = None) -> int:
     run = runs.find_run(args.modelpath, args.path, args.model, args.fold)
     chosen = utils.choose_folds(args.run_folds, run.k)
     check_weights(run, args.modelpath, chosen, args.weights)
+    for fold in chosen if args.baseline == "controls" else []:
+        training_controls(run, fold)
     weights = digests(run, args.modelpath, args.weights, args.seed)
     name = folder_name(args.method, options)
     folder = args.outpath / name

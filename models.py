@@ -106,7 +106,7 @@ def parse_name(name: str) -> tuple[str, int]:
     Raises:
         ValueError: the name is not "model", a family A-D and a width >= 1.
     """
-    match = re.fullmatch(r"model([A-D])([1-9][0-9]{0,3})", name)
+    match = re.fullmatch(r"model([A-D])([1-9][0-9]{0,2})", name)
     if match is None:
         raise ValueError(
             f"unknown model '{name}': expected 'model', a family A-D and a number of filters, e.g. modelA24"

@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from cohorts import MODEL, contents, only_error, read_values, write_cohort, write_scan
+from cohorts import MODEL, SHAPE, contents, only_error, voxels, write_cohort, write_scan
 
 import dataset
 import heatmap
@@ -22,8 +22,6 @@ import train_cv
 import utils
 
 ROOT = Path(__file__).resolve().parents[1]
-TRAIN = ["--model", MODEL, "--device", "cpu", "--batch", "3", "--fold", "2", "--epochs", "2"]
-TRAIN += ["--val-fraction", "0.34"]
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -39,50 +37,45 @@ def world(tmp_path_factory) -> Path:
     """A cohort, a run, maps of two methods with their overlap, and a reference; read only."""
     folder = tmp_path_factory.mktemp("world")
     write_cohort(folder)
-    for main, argv in COMMANDS.values():
-        assert main(argv(folder)) == 0
+    write_reference(folder)
+    for place in COMMANDS:
+        assert call(place, folder) == 0
     return folder
 
 
-def _reference(folder: Path) -> Path:
-    """The brightest part of a scan."""
-    file = folder / "reference.nii.gz"
-    if not file.exists():
-        write_scan(file, (read_values(folder / "scans" / "000.nii") > 900).astype(np.uint8))
-    return file
+def write_reference(folder: Path) -> None:
+    """A small block as mask, as a hundred random maps of the whole grid would take minutes; a part of it."""
+    block = np.zeros(SHAPE, bool)
+    block[30:60, 30:60, 30:60] = True
+    write_scan(folder / "mask.nii", block.astype(np.uint8))
+    write_scan(folder / "reference.nii", (block & (voxels(0) > 900)).astype(np.uint8))
 
 
-COMMANDS: dict[str, tuple[Callable[[list[str]], int], Callable[[Path], list[str]]]] = {
+COMMANDS: dict[str, tuple[Callable[[list[str]], int], str]] = {
     "models": (
         train_cv.main,
-        lambda at: ["--path", str(at / "data.csv"), "--outpath", str(at / "models"), *TRAIN],
+        f"--path AT/data.csv --outpath AT/models --model {MODEL} --device cpu --batch 3 --fold 2 --epochs 2 "
+        "--val-fraction 0.34",
     ),
     "maps/LRP": (
         heatmap.main,
-        lambda at: [
-            *["--method", "LRP", "--modelpath", str(at / "models"), "--outpath", str(at / "maps")],
-            *["--device", "cpu", "--save-subjects"],
-        ],
+        "--method LRP --modelpath AT/models --outpath AT/maps --device cpu --save-subjects",
     ),
-    "maps/SVM": (
-        svm.main,
-        lambda at: ["--modelpath", str(at / "models"), "--outpath", str(at / "maps"), "--C", "1"],
-    ),
+    "maps/SVM": (svm.main, "--modelpath AT/models --outpath AT/maps --C 1"),
     "overlap": (
         overlap.main,
-        lambda at: [
-            *[
-                "--maps",
-                str(at / "maps"),
-                "--reference",
-                str(_reference(at)),
-                "--outpath",
-                str(at / "overlap"),
-            ],
-            *["--smooth", "0", "--rank-smooth", "4"],
-        ],
+        "--maps AT/maps --outpath AT/overlap --reference AT/reference.nii --mask AT/mask.nii --smooth 0 "
+        "--rank-smooth 4",
     ),
 }
+
+
+def call(place: str, at: Path, more: str = "") -> int:
+    """Run the command that fills a place."""
+    main, options = COMMANDS[place]
+    return main([word.replace("AT", str(at)) for word in f"{options} {more}".split()])
+
+
 FILES = {
     "models": [
         *["run.json", "folds.csv", "progress_f0.pth", "history_f1.csv", "state_dict_f0.pth"],
@@ -101,7 +94,7 @@ FILES = {
 def at(world, tmp_path) -> Path:
     """The world, to be changed."""
     for item in world.iterdir():
-        if item.name in ("scans", "data.csv", "reference.nii.gz"):
+        if item.name in ("scans", "data.csv", "reference.nii", "mask.nii"):
             (tmp_path / item.name).symlink_to(item)
         else:
             shutil.copytree(item, tmp_path / item.name)
@@ -121,18 +114,17 @@ def results(folder: Path) -> dict[str, bytes]:
 
 @pytest.mark.parametrize(("place", "name"), [(place, name) for place in FILES for name in FILES[place]])
 def test_full_disk_is_one_line_and_the_same_command_goes_on(at, world, monkeypatch, capsys, place, name):
-    main, argv = COMMANDS[place]
     shutil.rmtree(at / place)
     (at / place / name).parent.mkdir(parents=True)
     # what is written there goes to a device that is always full; what a crash left is not swept up meanwhile
     (at / place / name).with_name(f".partial-{Path(name).name}").symlink_to("/dev/full")
     with monkeypatch.context() as patch:
         patch.setattr(utils, "remove_leftovers", lambda *_: None)
-        assert main(argv(at)) == 1
+        assert call(place, at) == 1
     line = only_error(capsys.readouterr().err)
     assert f"{Path(name).name}: cannot be written (No space left on device)" in line
     assert not [file for file in contents(at / place) if ".partial" in file or ".lock" in file]
-    assert main(argv(at)) == 0
+    assert call(place, at) == 0
     assert results(at / place) == results(world / place)
 
 
@@ -144,8 +136,7 @@ def test_folder_that_is_removed_is_not_made_again(at, monkeypatch, capsys):
         return honest(*args)
 
     monkeypatch.setattr(train_cv, "train_epoch", remove)
-    main, argv = COMMANDS["models"]
-    assert main([*argv(at), "--outpath", str(at / "new")]) == 1
+    assert call("models", at, "--outpath AT/new") == 1
     assert "progress_f0.pth: cannot be written (No such file" in only_error(capsys.readouterr().err)
     assert not (at / "new").exists()
 
@@ -159,8 +150,7 @@ def test_killed_reading_process_is_one_line(at, monkeypatch, capfd):
         return honest(file)
 
     monkeypatch.setattr(dataset, "read_scan", killed)
-    main, argv = COMMANDS["models"]
-    assert main([*argv(at), "--outpath", str(at / "new"), "--cache", "none", "--workers", "1"]) == 1
+    assert call("models", at, "--outpath AT/new --cache none --workers 1") == 1
     line = only_error(capfd.readouterr().err)
     assert "a process that reads scans ended" in line
     assert "--workers" in line
@@ -179,9 +169,8 @@ sys.exit(train_cv.main(sys.argv[1:]))
 
 
 def test_too_little_memory_is_one_line(at):
-    _, argv = COMMANDS["models"]
-    options = [*argv(at), "--outpath", str(at / "new"), "--batch", "4", "--model", "modelB24"]
-    command = [sys.executable, "-c", STARVED, *options]
+    options = f"{COMMANDS['models'][1]} --outpath AT/new --batch 4 --model modelB24"
+    command = [sys.executable, "-c", STARVED, *options.replace("AT", str(at)).split()]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
     assert done.returncode == 1, done.stderr
     line = only_error(done.stderr)

@@ -20,6 +20,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Subset
 
 import nifti
+import storage
 import utils
 from nifti import Grid
 
@@ -59,7 +60,7 @@ def read_rows(file: Path) -> Iterator[list[str]]:
     Raises:
         utils.InputError: no such file, or no such text; said when the iteration gets there.
     """
-    utils.file_size(file, "CSV")
+    storage.file_size(file, "CSV")
     try:
         with file.open(encoding="utf-8-sig") as stream:  # \r\n and \r become \n
             rows = csv.reader(_lines(stream), skipinitialspace=True, strict=True)
@@ -83,7 +84,7 @@ def _lines(stream: TextIO) -> Iterator[str]:
 
 def _read_cells(file: Path) -> pd.DataFrame:
     """Path, label and subject of every row, as text; the index is the row's number, from 1."""
-    if utils.file_size(file, "CSV") > CSV_SIZE:
+    if storage.file_size(file, "CSV") > CSV_SIZE:
         raise utils.InputError(f"is larger than {CSV_SIZE >> 20} MiB; expected a list of scans")
     rows = read_rows(file)
     first = next(rows, [])
@@ -299,15 +300,15 @@ def _fill_disk(table: pd.DataFrame, stored: Path, size: int, workers: int) -> No
     missing = [place for place in (folder, *folder.parents) if not place.exists()]
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        with utils.locked(folder / utils.LOCK):
-            utils.remove_leftovers(folder, ours)
+        with storage.locked(folder / storage.LOCK):
+            storage.remove_leftovers(folder, ours)
             if _is_whole(stored, size):
                 return
-            with utils.whole_file(stored) as path:
+            with storage.whole_file(stored) as path:
                 # written, not mapped: a disk that fills up raises an error then, and does not kill
                 write = functools.partial(_write_volume, path)
                 _report(_decode(table["file"], write, workers), table)
-            for former in set(utils.written(folder, ours)) - {stored}:  # of scans that have changed
+            for former in set(storage.written(folder, ours)) - {stored}:  # of scans that have changed
                 former.unlink()
     except OSError as problem:
         raise utils.Failure(f"{folder}: cannot be written and locked ({problem})") from problem

@@ -23,9 +23,11 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 import dataset
+import figures
 import models
 import nifti
 import runs
+import storage
 import utils
 from ggc import guided_gradcam
 from ig import integrated_gradients
@@ -98,7 +100,7 @@ def digests(run: Run, modelpath: Path, weights: str, seed: int) -> dict[int, str
     if weights == "random":
         return dict.fromkeys(range(run.k), f"random, seed {seed}")
     paths = {fold: run.checkpoint(modelpath, fold) for fold in range(run.k)}
-    return {fold: utils.sha256(path) for fold, path in paths.items() if path.exists()}
+    return {fold: storage.sha256(path) for fold, path in paths.items() if path.exists()}
 
 
 def load_fold(
@@ -264,7 +266,7 @@ def average_folds(folder: Path, run: Run, scans: dataset.Scans, title: str) -> N
     nifti.save_map(mean, run.grid.header, folder / "map_all.nii.gz")
     background = scans.mean(range(len(scans)))
     nifti.save_map(background, run.grid.header, folder / "mean_scan.nii.gz")
-    utils.save_map_figure(mean, background, run.grid.affine, title, folder / "map_all.png")
+    figures.draw_map(mean, background, run.grid.affine, title, folder / "map_all.png")
 
 
 def method_options(method: str, given: dict[str, Any]) -> dict[str, Any]:
@@ -306,30 +308,30 @@ def _subject(row: list[str]) -> list[Any]:
 
 def save_rows(folder: Path, fold: int, rows: pd.DataFrame, digest: str) -> None:
     """Enter a fold into subjects.csv, then into map.json, which says that it is finished."""
-    with utils.locked(folder / utils.LOCK):
+    with storage.locked(folder / storage.LOCK):
         others = read_subjects(folder)
         tables = [part for part in (others[others["fold"] != fold], rows) if len(part)]
-        utils.write_csv(pd.concat(tables).sort_values("fold", kind="stable"), folder / "subjects.csv")
-        record = utils.read_json(folder / "map.json")
+        storage.write_csv(pd.concat(tables).sort_values("fold", kind="stable"), folder / "subjects.csv")
+        record = storage.read_json(folder / "map.json")
         record["weights_sha256"][str(fold)] = digest
-        utils.write_json(record, folder / "map.json")
+        storage.write_json(record, folder / "map.json")
 
 
 def start_maps(folder: Path, identity: dict[str, Any], about: dict[str, Any], overwrite: bool) -> None:
     """Write map.json where it is not there yet, with no fold finished."""
-    with utils.locked(folder / utils.LOCK):
-        if not utils.start_folder(folder, "map.json", identity, WRITTEN, overwrite):
-            record = identity | about | {"versions": utils.versions(), "weights_sha256": {}}
-            utils.write_json(record, folder / "map.json")
+    with storage.locked(folder / storage.LOCK):
+        if not storage.start_folder(folder, "map.json", identity, WRITTEN, overwrite):
+            record = identity | about | {"versions": storage.versions(), "weights_sha256": {}}
+            storage.write_json(record, folder / "map.json")
         if identity["options"]["save_subjects"]:
             (folder / "subjects").mkdir(exist_ok=True)
 
 
 def finished_folds(folder: Path, weights: dict[int, str]) -> list[int]:
     """The folds whose map was made with the weights that are there now, from `digests`."""
-    record = utils.read_json(folder / "map.json")
+    record = storage.read_json(folder / "map.json")
     with utils.naming(folder / "map.json"):
-        made = utils.recorded(record, "weights_sha256", dict)
+        made = storage.recorded(record, "weights_sha256", dict)
     known = set(read_subjects(folder)["fold"])
     return [
         fold
@@ -365,24 +367,24 @@ def main(argv: list[str] | None = None) -> int:
     name = folder_name(args.method, options)
     folder = args.outpath / name
     identity = {"method": args.method, "options": options, "model": run.model, "folds": run.k}
-    identity |= {"csv_sha256": utils.sha256(run.csv), "grid": run.grid.record()}
+    identity |= {"csv_sha256": storage.sha256(run.csv), "grid": run.grid.record()}
     about = {"csv": str(run.csv), "modelpath": str(args.modelpath.resolve())}
-    utils.check_folder(folder, "map.json", identity, WRITTEN, args.overwrite)
+    storage.check_folder(folder, "map.json", identity, WRITTEN, args.overwrite)
     scans = dataset.open_scans(run.table, run.grid, "reuse", args.modelpath / "cache", WORKERS)
 
     work = f"--batch {args.batch} of {'x'.join(map(str, run.grid.shape))} voxels, {run.model}, on {device}"
     memory = utils.enough(work, "lower --batch")
-    with utils.claimed(folder, [f"fold {fold}" for fold in chosen]), memory:
+    with storage.claimed(folder, [f"fold {fold}" for fold in chosen]), memory:
         start_maps(folder, identity, about, args.overwrite)
         for fold in chosen:
             if fold in finished_folds(folder, weights):
                 print(f"fold {fold}: explained before, kept")
                 continue
-            utils.remove(folder, MEANS)
+            storage.remove(folder, MEANS)
             model = load_fold(run, args.modelpath, fold, args.weights, args.seed, device)
             rows = map_fold(model, run, scans, fold, args.method, options, args.batch, folder)
             save_rows(folder, fold, rows, weights[fold])
-        with utils.locked(folder / utils.LOCK):  # of several processes the last to finish gets past
+        with storage.locked(folder / storage.LOCK):  # of several processes the last to finish gets past
             missing = set(range(run.k)) - set(finished_folds(folder, weights))
             if missing:
                 print(f"not explained yet, or with other weights: folds {sorted(missing)}")

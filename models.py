@@ -22,6 +22,7 @@ from typing import Any, NamedTuple, cast
 import torch
 from torch import Tensor, nn
 
+import storage
 import utils
 from fused import norm_relu_pool, stacked_convolution
 
@@ -210,7 +211,7 @@ def _read_checkpoint(path: Path, needed: int) -> io.BytesIO:
             of any length, for one.
     """
     room = 4 * needed + 2**20  # weights may be stored in float64, and beside other things
-    if utils.file_size(path, "checkpoint") > room:
+    if storage.file_size(path, "checkpoint") > room:
         raise utils.InputError(f"not a PyTorch state dict of this model: larger than {room} bytes")
     content = io.BytesIO(path.read_bytes())  # from a file, a pickle could ask for a text of any length
     if content.getvalue().startswith(ZIP):

@@ -19,6 +19,7 @@ import nibabel as nib
 import numpy as np
 from nibabel.spatialimages import HeaderDataError
 
+import storage
 import utils
 
 LARGEST = 70_000_000  # voxels: MNI152 at 0.5 mm, 394x466x378, fits; two at once take 0.6 GB in float32
@@ -94,7 +95,7 @@ def _opened(file: Path) -> Iterator[BufferedIOBase]:
     """The unpacked content of a file; what is wrong with it while it is read is an InputError."""
     if not file.name.lower().endswith((".nii", ".nii.gz")):
         raise utils.InputError("not a NIfTI image: expected a .nii or .nii.gz file")
-    utils.file_size(file)  # of a file: reading from a pipe would wait
+    storage.file_size(file)  # of a file: reading from a pipe would wait
     try:
         with file.open("rb") as raw:
             packed = raw.read(len(GZIP)) == GZIP
@@ -119,7 +120,7 @@ def _packed(file: Path) -> bool:
 
 def _room(file: Path) -> int:
     """Bytes that a file's content can have at most, unpacked."""
-    return utils.file_size(file) * (RATIO if _packed(file) else 1)
+    return storage.file_size(file) * (RATIO if _packed(file) else 1)
 
 
 def _header(stream: BufferedIOBase) -> nib.Nifti1Header:
@@ -211,5 +212,5 @@ def save_map(values: np.ndarray, header: nib.Nifti1Header, path: Path) -> None:
     header["cal_min"] = header["cal_max"] = 0
     header["vox_offset"] = 0  # the scan's may leave room for extensions; nibabel puts in its own
     image = KINDS[type(header)](np.asarray(values, dtype=np.float32), None, header)
-    with utils.whole_file(path) as partial:
+    with storage.whole_file(path) as partial:
         nib.save(image, partial)

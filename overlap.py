@@ -8,7 +8,6 @@ and an untrained network (METHOD-random) reach.
 """
 
 import argparse
-import itertools
 import math
 import re
 import sys
@@ -22,7 +21,9 @@ from nilearn.image import resample_img
 from nilearn.image.resampling import BoundingBoxError
 from scipy import ndimage
 
+import figures
 import nifti
+import storage
 import utils
 from agreement import (
     THRESHOLDS,
@@ -40,8 +41,6 @@ from agreement import (
 FLOORS = ("edges", "random")  # they stand among the METHODs
 MOST_FOLDS = 1000
 OUTPUTS = ["overlap.json", "overlap.csv", "overlap_ranked.csv", "overlap.png"]
-# Okabe and Ito's colours, told apart with any kind of colour vision; grey is left to the floors.
-COLOURS = ["#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000"]
 
 
 def get_parser() -> argparse.ArgumentParser:
@@ -107,10 +106,10 @@ def _described(method: Path) -> tuple[str, int]:
         if method.name in FLOORS or not method.name.isprintable():
             raise utils.InputError("a METHOD cannot have this name")
     if file.exists():
-        record = utils.read_json(file)
+        record = storage.read_json(file)
         with utils.naming(file):
-            csv = utils.recorded({"csv_sha256": csv} | record, "csv_sha256", str)
-            k = utils.recorded({"folds": k} | record, "folds", int)
+            csv = storage.recorded({"csv_sha256": csv} | record, "csv_sha256", str)
+            k = storage.recorded({"folds": k} | record, "folds", int)
     if not 0 <= k <= MOST_FOLDS:
         raise utils.InputError(f"{method}: has {k} folds, expected at most {MOST_FOLDS}")
     return csv, k
@@ -242,88 +241,6 @@ def ranking_text(ranked: pd.DataFrame) -> str:
     return pd.DataFrame(columns).to_string(index=False, float_format="{:.3f}".format, na_rep="")
 
 
-# The figure --------------------------------------------------------------------------------------
-
-
-def save_figure(table: pd.DataFrame, ranked: pd.DataFrame, curves: dict[str, Any], path: Path) -> None:
-    """Draw Dice against threshold, against smoothing, and method by method (PNG).
-
-    Args:
-        table, ranked: the content of overlap.csv and overlap_ranked.csv.
-        curves: `dice_curve` of the mean map of each METHOD and of "edges", smoothed as in `ranked`.
-        path: the PNG to write.
-    """
-    import matplotlib
-
-    matplotlib.use("Agg")
-    matplotlib.rcParams["text.parse_math"] = False  # a METHOD is the name of a folder, $ is a letter of it
-    import matplotlib.pyplot as plt
-
-    names = [name for name in ranked["method"] if name in curves and name != "edges"]
-    looks = itertools.product(("-", "--", ":"), COLOURS)  # by name, so that a method keeps its colour
-    given = {name: {"color": c, "linestyle": d} for name, (d, c) in zip(sorted(names), looks, strict=False)}
-    styles = {name: given[name] for name in names}
-    styles |= {"edges": {"color": "0.35", "linestyle": "-"}, "random": {"color": "0.35", "linestyle": "--"}}
-    figure, axes = plt.subplots(1, 3, figsize=(15, 5.5), sharey=True, layout="constrained")
-    ranked = ranked.set_index("method")
-    _draw_thresholds(axes[0], curves, ranked, styles)
-    _draw_smoothing(axes[1], table[table["fold"] == "all"], styles)
-    _draw_bars(axes[2], names, ranked, styles)
-    known: dict[str, Any] = {}
-    for axis in axes[[1, 0, 2]]:
-        axis.spines[["top", "right"]].set_visible(False)
-        known |= {label: handle for handle, label in zip(*axis.get_legend_handles_labels(), strict=True)}
-    axes[0].set(ylabel="Dice with the reference", ylim=(0, None))
-    figure.legend(known.values(), known, loc="outside lower center", ncols=-(-len(known) // 2), frameon=False)
-    with utils.whole_file(path) as partial:
-        figure.savefig(partial, dpi=150)
-    plt.close(figure)
-
-
-def _draw_thresholds(axis: Any, curves: dict[str, Any], ranked: pd.DataFrame, styles: dict[str, Any]) -> None:
-    """Dice of the mean maps against the threshold."""
-    for name in [name for name in styles if name in curves]:
-        thresholds, dice = curves[name]
-        axis.plot(100 * thresholds / (thresholds[-1] or 1), dice, **styles[name])
-    axis.axhline(ranked.loc["random", "dice"], **styles["random"])
-    axis.axhline(ranked["dice_floor"].max(), color="0.35", linestyle=":", label="whole brain")
-    axis.set_xlabel("threshold (% of the map's largest value)")
-    axis.set_title(f"A   every threshold, {ranked['fwhm_mm'].iloc[0]:g} mm FWHM", loc="left")
-
-
-def _draw_smoothing(axis: Any, table: pd.DataFrame, styles: dict[str, Any]) -> None:
-    """Best Dice of the mean maps against the smoothing, and the intervals over single folds, side by side."""
-    apart = 0.012 * np.ptp(table["fwhm_mm"])
-    for place, (name, style) in enumerate(styles.items()):
-        rows = table[table["method"] == name]
-        label = {"edges": "edge filter", "random": "random map, 95th percentile"}.get(name, name)
-        axis.plot(rows["fwhm_mm"], rows["dice"], marker="o", markersize=4, label=label, **style)
-        beside = rows["fwhm_mm"] + apart * (place - (len(styles) - 3) / 2)
-        axis.vlines(beside, rows["dice_low"], rows["dice_high"], style["color"], linewidth=3, alpha=0.45)
-    axis.set_xlabel("smoothing of |map| (FWHM, mm)")
-    axis.set_title("B   best threshold, every smoothing; bars: single folds", loc="left")
-
-
-def _draw_bars(axis: Any, names: list[str], ranked: pd.DataFrame, styles: dict[str, Any]) -> None:
-    """Best Dice of the mean map of each METHOD and of its untrained twin, and of single folds."""
-    untrained = {"facecolor": "white", "hatch": "////"}
-    for place, method in enumerate(names):
-        twins = [name for name in (method, method + TWIN) if name in ranked.index]
-        for name, x in zip(twins, place + 0.4 * (np.arange(len(twins)) - (len(twins) - 1) / 2), strict=True):
-            row, colour = ranked.loc[name], styles[method]["color"]
-            look = untrained if name.endswith(TWIN) else {"facecolor": colour, "alpha": 0.75}
-            axis.bar(x, row["dice"], 0.36, edgecolor=colour, **look)
-            axis.hlines(row["random_dice"], x - 0.18, x + 0.18, **styles["random"])
-            low, mean, high = row["dice_low"], row["dice_folds_mean"], row["dice_high"]
-            label, ends = "single folds: mean, 95 % interval", [[mean - low], [high - mean]]
-            axis.errorbar(x, mean, ends, fmt="o", color="black", markersize=3, capsize=3, lw=1, label=label)
-    if any(name.endswith(TWIN) for name in ranked.index):
-        axis.bar(0, 0, edgecolor="0.35", label="untrained network", **untrained)
-    axis.axhline(ranked.loc["edges", "dice"], **styles["edges"])
-    axis.set_xticks(range(len(names)), names, rotation=30, ha="right")
-    axis.set_title(f"C   best threshold, {ranked['fwhm_mm'].iloc[0]:g} mm FWHM", loc="left")
-
-
 def finished(folder: Path, found: dict[str, Any]) -> bool:
     """Whether the folder holds this comparison whole; then its ranking is printed again."""
     if not found or not all((folder / name).exists() for name in OUTPUTS):
@@ -348,9 +265,9 @@ def main(argv: list[str] | None = None) -> int:
     inputs |= {f"{method}, fold {fold}": file for (method, fold), file in files.items()}
     identity = {name: getattr(args, name) for name in ("reference_threshold", "rank_smooth", "seed")}
     identity |= {"smooth": levels, "methods": list(means)}
-    identity["sha256"] = {name: utils.sha256(file) for name, file in inputs.items()}
+    identity["sha256"] = {name: storage.sha256(file) for name, file in inputs.items()}
     folder = args.outpath or args.maps
-    found = utils.check_folder(folder, "overlap.json", identity, OUTPUTS, args.overwrite)
+    found = storage.check_folder(folder, "overlap.json", identity, OUTPUTS, args.overwrite)
     if finished(folder, found):
         return 0
     maps = read_maps(files, mask)
@@ -368,13 +285,13 @@ def main(argv: list[str] | None = None) -> int:
         if fold == "all" and not method.endswith(TWIN)
     }
 
-    with utils.claimed(folder, ["overlap"]):
-        with utils.locked(folder / utils.LOCK):
-            utils.start_folder(folder, "overlap.json", identity, OUTPUTS, args.overwrite)
-            utils.write_json(identity | {"versions": utils.versions()}, folder / "overlap.json")
-        utils.write_csv(table, folder / "overlap.csv")
-        utils.write_csv(ranked, folder / "overlap_ranked.csv")
-        save_figure(table, ranked, curves, folder / "overlap.png")
+    with storage.claimed(folder, ["overlap"]):
+        with storage.locked(folder / storage.LOCK):
+            storage.start_folder(folder, "overlap.json", identity, OUTPUTS, args.overwrite)
+            storage.write_json(identity | {"versions": storage.versions()}, folder / "overlap.json")
+        storage.write_csv(table, folder / "overlap.csv")
+        storage.write_csv(ranked, folder / "overlap_ranked.csv")
+        figures.draw_overlap(table, ranked, curves, folder / "overlap.png")
     print(
         f"|map| smoothed with {args.rank_smooth:g} mm FWHM, best of {THRESHOLDS} thresholds, "
         "by the mean map's Dice; single folds: mean [95 % interval]:"

@@ -8,6 +8,7 @@ import numpy as np
 import pandas as pd
 
 import dataset
+import storage
 import utils
 
 ROLES = {role: role for role in ("train", "val", "test")}
@@ -48,26 +49,26 @@ def find_run(modelpath: Path, csv: Path | None, model: str | None, k: int | None
 
 def recorded_arguments(modelpath: Path) -> dict[str, Any]:
     """The arguments of a run that made its folds, from run.json: fold, split, val_fraction and seed."""
-    record = utils.read_json(modelpath / "run.json")
+    record = storage.read_json(modelpath / "run.json")
     with utils.naming(modelpath / "run.json"):
-        arguments = utils.recorded(record, "arguments", dict)
+        arguments = storage.recorded(record, "arguments", dict)
         return {
-            "fold": utils.recorded(arguments, "fold", int, lambda k: k >= 2),
-            "split": utils.recorded(arguments, "split", str, lambda name: name in dataset.SPLITS),
-            "val_fraction": utils.recorded(
+            "fold": storage.recorded(arguments, "fold", int, lambda k: k >= 2),
+            "split": storage.recorded(arguments, "split", str, lambda name: name in dataset.SPLITS),
+            "val_fraction": storage.recorded(
                 arguments, "val_fraction", (int, float), lambda part: 0 < part < 1
             ),
-            "seed": utils.recorded(arguments, "seed", int, lambda seed: 0 <= seed < 2**32),
+            "seed": storage.recorded(arguments, "seed", int, lambda seed: 0 <= seed < 2**32),
         }
 
 
 def _recorded_run(modelpath: Path, csv: Path | None, model: str | None, k: int | None) -> Run:
     """The run that run.json and folds.csv describe, as long as its CSV and scans are the same."""
-    record = utils.read_json(modelpath / "run.json")
+    record = storage.read_json(modelpath / "run.json")
     with utils.naming(modelpath / "run.json"):
-        trained_csv = Path(utils.recorded(record, "csv", str))
-        digest, trained_model = (utils.recorded(record, name, str) for name in ("csv_sha256", "model"))
-        trained_grid = utils.recorded(record, "grid", dict)
+        trained_csv = Path(storage.recorded(record, "csv", str))
+        digest, trained_model = (storage.recorded(record, name, str) for name in ("csv_sha256", "model"))
+        trained_grid = storage.recorded(record, "grid", dict)
     trained_k = recorded_arguments(modelpath)["fold"]
     if model not in (None, trained_model):
         raise utils.InputError(f"--model {model}: {modelpath} was trained with {trained_model}")
@@ -79,7 +80,7 @@ def _recorded_run(modelpath: Path, csv: Path | None, model: str | None, k: int |
         raise utils.InputError(
             f"{modelpath / 'run.json'}: is damaged: {trained_k} folds of {len(table)} scans"
         )
-    if utils.sha256(csv) != digest:
+    if storage.sha256(csv) != digest:
         raise utils.InputError(f"{csv}: is not the CSV that {modelpath} was trained on; its content changed")
     grid = dataset.check_grid(table)
     if grid.record() != trained_grid:

@@ -25,6 +25,7 @@ from nilearn import datasets, image
 from scipy import ndimage
 from scipy.interpolate import BSpline
 
+import storage
 import utils
 
 ORIGIN = np.array([-96.0, -132.0, -78.0])  # mm, centre of the first voxel
@@ -278,7 +279,7 @@ def save_volume(volume: np.ndarray, voxel: float, path: Path) -> None:
     nifti.set_sform(nifti.affine, code="mni")
     nifti.set_qform(nifti.affine, code="mni")
     packed = gzip.compress(nifti.to_bytes(), compresslevel=6, mtime=0)  # no clock, no file name
-    with utils.whole_file(path) as partial_path:
+    with storage.whole_file(path) as partial_path:
         partial_path.write_bytes(packed)
 
 
@@ -309,19 +310,19 @@ def make_room(folder: Path, people: list[Subject], overwrite: bool) -> None:
     """
     record = folder / "cohort.json"
     ours = ["data.csv", record.name, "truth.nii.gz", "mask.nii.gz", *(person.path for person in people)]
-    present = utils.written(folder, ours)
+    present = storage.written(folder, ours)
     if present and not overwrite:
         raise utils.InputError(f"{present[0]} is in the way; choose another --outpath, or --overwrite")
     if record.exists():
-        former = utils.read_json(record).get("subjects")
+        former = storage.read_json(record).get("subjects")
         if not isinstance(former, list):
             raise utils.InputError(f"{record}: not written by simulate.py; choose another --outpath")
         ours += [scan_path(index) for index in range(len(people), len(former))]
-    utils.check_folder(folder / "scans", record.name, {}, [], overwrite)
+    storage.check_folder(folder / "scans", record.name, {}, [], overwrite)
     (folder / scan_path(0)).parent.mkdir(parents=True, exist_ok=True)
-    utils.remove_leftovers(folder, ours)
+    storage.remove_leftovers(folder, ours)
     if overwrite:
-        utils.remove(folder, ours)
+        storage.remove(folder, ours)
 
 
 def save_record(people: list[Subject], voxel: float, seed: int, severity: float, folder: Path) -> None:
@@ -336,10 +337,10 @@ def save_record(people: list[Subject], voxel: float, seed: int, severity: float,
         "regions_mm": {name: {"path": path, "radius": radius} for name, (path, radius) in REGIONS.items()},
         "feather_mm": FEATHER,
         "truth_grey_matter": GREY,
-        "versions": utils.versions(),
+        "versions": storage.versions(),
         "subjects": [dataclasses.asdict(person) for person in people],
     }
-    utils.write_json(record, folder / "cohort.json")
+    storage.write_json(record, folder / "cohort.json")
 
 
 def save_scans(people: list[Subject], template: Template, voxel: float, folder: Path) -> None:
@@ -354,7 +355,7 @@ def save_scans(people: list[Subject], template: Template, voxel: float, folder: 
 def save_table(people: list[Subject], folder: Path) -> None:
     """Write data.csv, the cohort as train_cv.py reads it."""
     columns = ["path", "label", "subject"]
-    utils.write_csv(
+    storage.write_csv(
         pd.DataFrame([dataclasses.asdict(person) for person in people])[columns], folder / "data.csv"
     )
 

@@ -22,9 +22,11 @@ from sklearn.metrics import balanced_accuracy_score, roc_auc_score
 from sklearn.svm import SVC
 
 import dataset
+import figures
 import metrics
 import nifti
 import runs
+import storage
 import utils
 
 FOLDING = {"fold": 5, "split": "stratified", "val_fraction": 0.2, "seed": 0}  # as train_cv.py's
@@ -143,9 +145,9 @@ def identify(cohort: Cohort, C: float | None, mask: Path | None) -> dict[str, An
     return {
         "method": "SVM",
         "options": {"C": "chosen" if C is None else C, **cohort.folding},
-        "csv_sha256": utils.sha256(cohort.csv),
+        "csv_sha256": storage.sha256(cohort.csv),
         "folds_sha256": hashlib.sha256(cohort.folds.to_csv(index=False).encode()).hexdigest(),
-        "mask_sha256": None if mask is None else utils.sha256(mask),
+        "mask_sha256": None if mask is None else storage.sha256(mask),
         "grid": cohort.grid.record(),
     }
 
@@ -371,7 +373,7 @@ def save_means(pattern: np.ndarray, scan: np.ndarray, cohort: Cohort, folder: Pa
     nifti.save_map(pattern, cohort.grid.header, folder / "map_all.nii.gz")
     nifti.save_map(scan, cohort.grid.header, folder / "mean_scan.nii.gz")
     title = f"SVM: mean activation pattern of {k} folds, {n} scans"
-    utils.save_map_figure(pattern, scan, cohort.grid.affine, title, folder / "map_all.png")
+    figures.draw_map(pattern, scan, cohort.grid.affine, title, folder / "map_all.png")
 
 
 @utils.command("no map is finished; the same command starts again")
@@ -383,7 +385,7 @@ def main(argv: list[str] | None = None) -> int:
     mask = read_mask(args.mask, cohort.grid) if args.mask else None
     folder = args.outpath / "SVM"
     identity = identify(cohort, args.C, args.mask)
-    found = utils.check_folder(folder, "map.json", identity, WRITTEN, args.overwrite)
+    found = storage.check_folder(folder, "map.json", identity, WRITTEN, args.overwrite)
     if finished(folder, found, cohort.folding["fold"]):
         print(f"{folder}: done before, kept")
         return 0
@@ -394,23 +396,23 @@ def main(argv: list[str] | None = None) -> int:
 
     paths = {"csv": cohort.csv, "modelpath": cohort.run, "mask": args.mask and args.mask.resolve()}
     record = identity | {name: path and str(path) for name, path in paths.items()}
-    record |= {"versions": utils.versions()}
+    record |= {"versions": storage.versions()}
     work = f"{len(scans)} scans of {np.count_nonzero(inside)} voxels"
-    with utils.claimed(folder, ["SVM"]), utils.enough(work, "give a smaller --mask"):
-        with utils.locked(folder / utils.LOCK):
-            utils.start_folder(folder, "map.json", identity, WRITTEN, args.overwrite)
-            utils.write_json(record, folder / "map.json")
+    with storage.claimed(folder, ["SVM"]), utils.enough(work, "give a smaller --mask"):
+        with storage.locked(folder / storage.LOCK):
+            storage.start_folder(folder, "map.json", identity, WRITTEN, args.overwrite)
+            storage.write_json(record, folder / "map.json")
         products = linear_kernel(scans, inside)
         machines = fit_folds(products, cohort, args.C)
         predictions = predict(machines, products, cohort)
         scores = metrics.metrics_table(predictions, cohort.folding["seed"])
-        utils.write_csv(predictions, folder / "predictions.csv")
-        utils.write_csv(scores, folder / "metrics.csv")
+        storage.write_csv(predictions, folder / "predictions.csv")
+        storage.write_csv(scores, folder / "metrics.csv")
         mean_pattern = write_maps(machines, products, cohort, scans, inside, folder)
         save_means(mean_pattern, mean_scan, cohort, folder)
         record["C_per_fold"] = {str(fold): machine.C for fold, machine in enumerate(machines)}
         record["intercept_per_fold"] = {str(fold): machine.intercept for fold, machine in enumerate(machines)}
-        utils.write_json(record, folder / "map.json")  # last: it says that all is finished
+        storage.write_json(record, folder / "map.json")  # last: it says that all is finished
     print(metrics.summary(scores))
     print(
         f"written to {folder}: map_all.nii.gz, map_f*.nii.gz, weights_f*.nii.gz, predictions.csv, metrics.csv"

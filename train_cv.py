@@ -9,7 +9,7 @@ are finished and goes on with an interrupted one after its last finished epoch.
 import argparse
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -23,8 +23,10 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 import dataset
+import figures
 import metrics
 import models
+import storage
 import utils
 
 SUMMARY = ["predictions.csv", "metrics.csv", "training.png"]  # of all folds
@@ -148,7 +150,7 @@ def save_progress(
     device = next(model.parameters()).device
     state = {"model": model.state_dict(), "optimiser": optimiser.state_dict(), "course": vars(course)}
     state |= {"random": utils.random_states(device), "loader": train.generator.get_state()}
-    utils.write_tensors(state, path)
+    storage.write_tensors(state, path)
 
 
 def load_progress(
@@ -234,13 +236,13 @@ def start_run(
     folder: Path, identity: dict[str, Any], about: dict[str, Any], folds: pd.DataFrame, overwrite: bool
 ) -> None:
     """Write run.json and folds.csv, or check that they are of this very run."""
-    with utils.locked(folder / utils.LOCK):
-        record = utils.start_folder(folder, "run.json", identity, WRITTEN, overwrite)
-        versions = record.get("versions", utils.versions())
+    with storage.locked(folder / storage.LOCK):
+        record = storage.start_folder(folder, "run.json", identity, WRITTEN, overwrite)
+        versions = record.get("versions", storage.versions())
         if record != about | identity | {"versions": versions}:  # none yet, or the CSV has moved
-            utils.write_json(about | identity | {"versions": versions}, folder / "run.json")
+            storage.write_json(about | identity | {"versions": versions}, folder / "run.json")
         if not (folder / "folds.csv").exists():
-            utils.write_csv(folds, folder / "folds.csv")
+            storage.write_csv(folds, folder / "folds.csv")
         elif (folder / "folds.csv").read_bytes() != folds.to_csv(index=False, lineterminator="\n").encode():
             raise utils.InputError(
                 f"{folder / 'folds.csv'}: is not as this run wrote it; remove it, or --overwrite"
@@ -282,8 +284,8 @@ class Fold:
 
     def finish(self, course: Course) -> None:
         """Write what training led to; the checkpoint last, as its presence says so."""
-        utils.write_csv(pd.DataFrame(course.history, columns=HISTORY), self.history)
-        utils.write_tensors(course.weights, self.checkpoint)
+        storage.write_csv(pd.DataFrame(course.history, columns=HISTORY), self.history)
+        storage.write_tensors(course.weights, self.checkpoint)
         self.progress.unlink()
 
 
@@ -324,46 +326,11 @@ def test_folds(
 def report(predictions: pd.DataFrame, folds: list[Fold], delta: float, seed: int, outpath: Path) -> None:
     """Write predictions, metrics and the loss curves; print the scores."""
     scores = metrics.metrics_table(predictions, seed)
-    utils.write_csv(predictions, outpath / "predictions.csv")
-    utils.write_csv(scores, outpath / "metrics.csv")
-    draw_training([pd.read_csv(fold.history) for fold in folds], delta, outpath / "training.png")
+    storage.write_csv(predictions, outpath / "predictions.csv")
+    storage.write_csv(scores, outpath / "metrics.csv")
+    figures.draw_training([pd.read_csv(fold.history) for fold in folds], delta, outpath / "training.png")
     print(metrics.summary(scores))
     print(f"written to {outpath}: state_dict_f*.pth, predictions.csv, metrics.csv, training.png")
-
-
-def best_row(losses: Sequence[float], delta: float) -> int:
-    """The row of a history whose weights were saved: the last to fall by more than `delta`."""
-    best = 0
-    for row, loss in enumerate(losses):
-        best = row if loss < losses[best] - delta else best
-    return best
-
-
-def draw_training(histories: list[pd.DataFrame], delta: float, path: Path) -> None:
-    """Loss curves of every fold, the epoch whose weights were saved marked (PNG)."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    figure, axes = plt.subplots(
-        1, len(histories), figsize=(3.2 * len(histories), 3.2), sharey=True, squeeze=False
-    )
-    for fold, (axis, history) in enumerate(zip(axes[0], histories, strict=True)):
-        best = history.iloc[best_row(history["valid_loss"].tolist(), delta)]
-        axis.plot(history["epoch"], history["train_loss"], ".-", label="training")
-        axis.plot(history["epoch"], history["valid_loss"], ".-", label="validation")
-        axis.axvline(best["epoch"], color="grey", linestyle=":", linewidth=1)
-        axis.plot(best["epoch"], best["valid_loss"], "k*", markersize=9, label="best epoch")
-        axis.set(title=f"fold {fold}", xlabel="epoch")
-        axis.xaxis.get_major_locator().set_params(integer=True, min_n_ticks=1)
-    axes[0][0].set_ylabel("cross-entropy")
-    axes[0][0].set_ylim(bottom=0)  # shared, and set once all curves are there
-    axes[0][-1].legend(frameon=False)
-    figure.tight_layout()
-    with utils.whole_file(path) as partial:
-        figure.savefig(partial, dpi=110)
-    plt.close(figure)
 
 
 @utils.command(
@@ -380,10 +347,10 @@ def main(argv: list[str] | None = None) -> int:
     grid = dataset.check_grid(table)
     model = models.require_model(args.model, grid.shape)
     options = {name: value for name, value in vars(args).items() if name not in INCIDENTAL}
-    identity = {"csv_sha256": utils.sha256(args.path), "grid": grid.record(), "arguments": options}
+    identity = {"csv_sha256": storage.sha256(args.path), "grid": grid.record(), "arguments": options}
     about = {"csv": str(args.path.resolve()), "model": args.model, "seed": args.seed}
     every = [Fold(args.outpath, number) for number in range(args.fold)]
-    if utils.check_folder(args.outpath, "run.json", identity, WRITTEN, args.overwrite):
+    if storage.check_folder(args.outpath, "run.json", identity, WRITTEN, args.overwrite):
         for fold in every:
             fold.check(model)
     scans = dataset.open_scans(table, grid, args.cache, args.outpath / "cache", args.workers)
@@ -391,19 +358,19 @@ def main(argv: list[str] | None = None) -> int:
 
     work = f"--batch {args.batch} of {'x'.join(map(str, grid.shape))} voxels, {args.model}, on {device}"
     memory = utils.enough(work, "lower --batch, or take fewer filters")
-    with utils.claimed(args.outpath, [f"fold {fold}" for fold in chosen]), memory:
+    with storage.claimed(args.outpath, [f"fold {fold}" for fold in chosen]), memory:
         start_run(args.outpath, identity, about, folds, args.overwrite)
         for number in chosen:
             if every[number].kept():
                 continue
-            utils.remove(args.outpath, SUMMARY)
+            storage.remove(args.outpath, SUMMARY)
             network = new_training(args.model, grid, device, args.lr, args.wd, args.seed, number)
             course = train_fold(
                 *network, load(number, "train"), load(number, "val"), args.epochs, args.patience,
                 args.delta, PRECISIONS[args.precision], f"fold {number}", every[number].progress,
             )  # fmt: skip
             every[number].finish(course)
-        with utils.locked(args.outpath / utils.LOCK):  # of several processes the last to finish gets past
+        with storage.locked(args.outpath / storage.LOCK):  # of several processes the last to finish gets past
             if not all_trained(every) or summarised(args.outpath):
                 return 0
             checkpoints = [fold.checkpoint for fold in every]

@@ -30,6 +30,7 @@ from cohorts import AFFINE, LABELS, MODEL, OBLIQUE, SHAPE, only_error, voxels, w
 import heatmap
 import models
 import overlap
+import storage
 import svm
 import train_cv
 import utils
@@ -763,7 +764,7 @@ def write_maps(folder: Path) -> None:
     for place in (folder / "heatmaps" / "GGC", folder / "heatmaps" / "SVM"):
         for seed, name in enumerate(["map_f0", "map_f1", "map_all"]):
             write_scan(place / f"{name}.nii.gz", white(SMALL, seed) + 2 * BLOCK)
-        utils.write_json({"folds": 2, "csv_sha256": "abc"}, place / "map.json")
+        storage.write_json({"folds": 2, "csv_sha256": "abc"}, place / "map.json")
     write_scan(folder / "heatmaps" / "GGC" / "mean_scan.nii.gz", mask * white(SMALL, 9))
 
 
@@ -878,7 +879,7 @@ def test_odd_input_is_fine(name, world, capsys, caplog, recwarn):
     ODD[name]()
     for known in (FOLDS, "models/state_dict_f1.pth"):
         Path(known).unlink()
-    record(RECORD, csv_sha256=utils.sha256(Path("data.csv")))()
+    record(RECORD, csv_sha256=storage.sha256(Path("data.csv")))()
     argv = f"{GOOD['train_cv']} --outpath models --run-folds 0".split()
     assert train_cv.main(argv) == 0
     captured = capsys.readouterr()

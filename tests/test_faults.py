@@ -17,9 +17,9 @@ import dataset
 import heatmap
 import metrics
 import overlap
+import storage
 import svm
 import train_cv
-import utils
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -119,7 +119,7 @@ def test_full_disk_is_one_line_and_the_same_command_goes_on(at, world, monkeypat
     # what is written there goes to a device that is always full; what a crash left is not swept up meanwhile
     (at / place / name).with_name(f".partial-{Path(name).name}").symlink_to("/dev/full")
     with monkeypatch.context() as patch:
-        patch.setattr(utils, "remove_leftovers", lambda *_: None)
+        patch.setattr(storage, "remove_leftovers", lambda *_: None)
         assert call(place, at) == 1
     line = only_error(capsys.readouterr().err)
     assert f"{Path(name).name}: cannot be written (No space left on device)" in line

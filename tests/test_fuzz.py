@@ -26,6 +26,7 @@ import models
 import nifti
 import overlap
 import runs
+import storage
 import utils
 
 ROOM = 2**30  # bytes beyond what the process has already: more is a MemoryError, which no test allows
@@ -182,9 +183,9 @@ def run(folder) -> Path:
     csv = tiny_cohort(folder / "cohort", 8)
     table = dataset.read_csv(csv)
     arguments = {"fold": 2, "split": "stratified", "val_fraction": 0.5, "seed": 0, "lr": 1e-4}
-    record = {"csv": str(csv), "csv_sha256": utils.sha256(csv), "model": "modelB2", "arguments": arguments}
-    utils.write_json(record | {"grid": dataset.check_grid(table).record()}, folder / "whole.json")
-    utils.write_csv(dataset.make_folds(table, 2, "stratified", 0.5, 0), folder / "whole.csv")
+    record = {"csv": str(csv), "csv_sha256": storage.sha256(csv), "model": "modelB2", "arguments": arguments}
+    storage.write_json(record | {"grid": dataset.check_grid(table).record()}, folder / "whole.json")
+    storage.write_csv(dataset.make_folds(table, 2, "stratified", 0.5, 0), folder / "whole.csv")
     (folder / "run").mkdir()
     return folder / "run"
 

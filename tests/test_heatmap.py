@@ -27,6 +27,7 @@ import dataset
 import heatmap
 import metrics
 import models
+import storage
 import train_cv
 import utils
 from ggc import guided_gradcam
@@ -265,9 +266,11 @@ def test_record(maps, run, csv, method):
     assert record["method"] == method
     assert record["options"].items() >= {"target": "label", **OPTIONS[method]}.items()
     assert record["modelpath"] == str(run.resolve())
-    assert record["csv_sha256"] == utils.sha256(csv)
-    assert record["versions"] == utils.versions()
-    assert record["weights_sha256"] == {str(f): utils.sha256(run / f"state_dict_f{f}.pth") for f in range(K)}
+    assert record["csv_sha256"] == storage.sha256(csv)
+    assert record["versions"] == storage.versions()
+    assert record["weights_sha256"] == {
+        str(f): storage.sha256(run / f"state_dict_f{f}.pth") for f in range(K)
+    }
 
 
 def test_maps_of_subjects_are_written_on_request_only(run, tmp_path):

@@ -20,6 +20,7 @@ from cohorts import MODEL, SHAPE, only_error, tiny_cohort, voxels, write_csv, wr
 
 import dataset
 import models
+import storage
 import utils
 
 SUITE = Path(utils.__file__).parent
@@ -191,9 +192,9 @@ def run(tmp_path_factory) -> Path:
     table = dataset.read_csv(csv)
     grid = dataset.check_grid(table)
     arguments = {"fold": 2, "split": "stratified", "val_fraction": 0.5, "seed": 0}
-    utils.write_csv(dataset.make_folds(table, 2, "stratified", 0.5, 0), folder / "models" / "folds.csv")
-    record = {"csv": str(csv), "csv_sha256": utils.sha256(csv), "model": MODEL, "grid": grid.record()}
-    utils.write_json(record | {"seed": 0, "arguments": arguments}, folder / "models" / "run.json")
+    storage.write_csv(dataset.make_folds(table, 2, "stratified", 0.5, 0), folder / "models" / "folds.csv")
+    record = {"csv": str(csv), "csv_sha256": storage.sha256(csv), "model": MODEL, "grid": grid.record()}
+    storage.write_json(record | {"seed": 0, "arguments": arguments}, folder / "models" / "run.json")
     for fold in range(2):
         torch.save(
             models.build_model(MODEL, SHAPE).state_dict(), folder / "models" / f"state_dict_f{fold}.pth"

@@ -14,7 +14,7 @@ from scipy import ndimage
 
 import agreement
 import overlap
-import utils
+import storage
 
 SHAPE = (12, 13, 14)
 K = 3
@@ -64,7 +64,7 @@ def world(tmp_path_factory) -> Path:
             save(values, place / f"map_f{fold}.nii.gz")
         save(np.mean(folds, axis=0), place / "map_all.nii.gz")
         if method != "SVM":
-            utils.write_json({"folds": K, "csv_sha256": "abc"}, place / "map.json")
+            storage.write_json({"folds": K, "csv_sha256": "abc"}, place / "map.json")
         if method != "GGC":
             save(scan, place / "mean_scan.nii.gz")
     (folder / "heatmaps" / "notes").mkdir()
@@ -290,9 +290,9 @@ def test_record(compared, world):
     record = json.loads((compared / "overlap.json").read_text())
     assert record["methods"] == METHODS
     assert record["smooth"] == LEVELS
-    assert record["sha256"]["reference"] == utils.sha256(world / "truth.nii.gz")
-    assert record["sha256"]["IG, fold all"] == utils.sha256(world / "heatmaps" / "IG" / "map_all.nii.gz")
-    assert record["versions"] == utils.versions()
+    assert record["sha256"]["reference"] == storage.sha256(world / "truth.nii.gz")
+    assert record["sha256"]["IG, fold all"] == storage.sha256(world / "heatmaps" / "IG" / "map_all.nii.gz")
+    assert record["versions"] == storage.versions()
 
 
 # The reference -----------------------------------------------------------------------------------

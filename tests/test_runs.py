@@ -10,6 +10,7 @@ from cohorts import tiny_cohort
 
 import dataset
 import runs
+import storage
 import utils
 
 K = 2
@@ -24,11 +25,11 @@ def run(tmp_path) -> Path:
     )
     table = dataset.read_csv(csv)
     arguments = {"fold": K, "split": "stratified", "val_fraction": 0.5, "seed": 0, "lr": 1e-4}
-    record = {"csv": str(csv), "csv_sha256": utils.sha256(csv), "model": "modelB2", "arguments": arguments}
+    record = {"csv": str(csv), "csv_sha256": storage.sha256(csv), "model": "modelB2", "arguments": arguments}
     folder = tmp_path / "models"
     parts = [table[dataset.COLUMNS].assign(fold=fold, role=role) for fold, role in enumerate(ROLES)]
-    utils.write_csv(pd.concat(parts)[["fold", "role", *dataset.COLUMNS]], folder / "folds.csv")
-    utils.write_json(record | {"grid": dataset.check_grid(table).record()}, folder / "run.json")
+    storage.write_csv(pd.concat(parts)[["fold", "role", *dataset.COLUMNS]], folder / "folds.csv")
+    storage.write_json(record | {"grid": dataset.check_grid(table).record()}, folder / "run.json")
     return folder
 
 

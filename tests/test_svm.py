@@ -12,11 +12,12 @@ from cohorts import AFFINE, contents, only_error, read_nifti, read_values, write
 from sklearn.svm import SVC
 
 import dataset
+import figures
 import metrics
 import models
+import storage
 import svm
 import train_cv
-import utils
 
 # nilearn, of slices this small that have nothing to show
 pytestmark = pytest.mark.filterwarnings("ignore:Warning. converting a masked element to nan")
@@ -67,7 +68,7 @@ def pictures(monkeypatch) -> list[tuple]:
         drawn.append(given)
         given[-1].write_bytes(b"picture")
 
-    monkeypatch.setattr(utils, "save_map_figure", draw)
+    monkeypatch.setattr(figures, "draw_map", draw)
     return drawn
 
 
@@ -334,9 +335,9 @@ def test_record(done, run, csv):
     assert record["options"] == {"C": "chosen", **folding}
     assert record["modelpath"] == str(run.resolve())
     assert record["csv"] == str(csv.resolve())
-    assert record["csv_sha256"] == utils.sha256(csv)
+    assert record["csv_sha256"] == storage.sha256(csv)
     assert record["mask"] is None
-    assert record["versions"] == utils.versions()
+    assert record["versions"] == storage.versions()
 
 
 # The voxels --------------------------------------------------------------------------------------
@@ -357,7 +358,7 @@ def test_mask(csv, run, mask, tmp_path):
     check_dense(tmp_path / "SVM", dense, read_table(run / "folds.csv"))
     record = record_of(tmp_path / "SVM")
     assert record["mask"] == str(mask.resolve())
-    assert record["mask_sha256"] == utils.sha256(mask)
+    assert record["mask_sha256"] == storage.sha256(mask)
 
 
 def test_voxels_that_differ_in_one_scan_are_used(csv, tmp_path):

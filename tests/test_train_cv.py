@@ -31,8 +31,10 @@ from cohorts import (
 from torch.utils.data import DataLoader
 
 import dataset
+import figures
 import metrics
 import models
+import storage
 import train_cv
 import utils
 
@@ -130,10 +132,10 @@ def test_run_writes_these_files_and_no_others(run):
 def test_run_record(run, csv):
     record = json.loads((run / "run.json").read_text())
     assert record["csv"] == str(csv.resolve())
-    assert record["csv_sha256"] == utils.sha256(csv)
+    assert record["csv_sha256"] == storage.sha256(csv)
     assert (record["model"], record["seed"]) == (MODEL, 3)
     assert record["grid"] == {"shape": list(SHAPE), "affine": AFFINE.tolist()}
-    assert record["versions"] == utils.versions()
+    assert record["versions"] == storage.versions()
     wanted = {
         "batch": 2,
         "fold": 2,
@@ -304,7 +306,8 @@ MOMENTS += [("check_loss", 3), ("check_loss", 9), ("predict_test", 2), ("weights
 
 @pytest.mark.parametrize(("step", "call"), MOMENTS)
 def test_interrupted_run_goes_on_bit_for_bit(csv, run, tmp_path, monkeypatch, capsys, step, call):
-    honest = getattr(train_cv, step)
+    module = figures if step == "draw_training" else train_cv
+    honest = getattr(module, step)
     calls = []
 
     def interrupted(*args):
@@ -314,7 +317,7 @@ def test_interrupted_run_goes_on_bit_for_bit(csv, run, tmp_path, monkeypatch, ca
         return honest(*args)
 
     with monkeypatch.context() as patch:
-        patch.setattr(train_cv, step, interrupted)
+        patch.setattr(module, step, interrupted)
         assert train(csv, tmp_path) == 143
     assert capsys.readouterr().err.startswith("interrupted: finished folds and epochs are saved")
     assert not {"metrics.csv", ".lock"} & set(contents(tmp_path)) or step == "draw_training"
@@ -333,8 +336,8 @@ def unclocked(folder: Path) -> dict[str, bytes]:
 
 def test_fold_that_another_process_trains_is_refused(copy, csv, capsys):
     before = contents(copy)
-    program = "import sys, utils; from pathlib import Path\n"
-    program += "with utils.claimed(Path(sys.argv[1]), ['fold 1']): input()"
+    program = "import sys, storage; from pathlib import Path\n"
+    program += "with storage.claimed(Path(sys.argv[1]), ['fold 1']): input()"
     command = [sys.executable, "-c", program, str(copy)]
     with subprocess.Popen(command, cwd=ROOT, stdin=subprocess.PIPE, text=True) as other:
         while not (copy / ".lock-fold_1").exists():
@@ -509,7 +512,7 @@ def stubbed_fold(
 def test_early_stopping(monkeypatch, losses, patience, delta, best, epochs):
     epoch, history = stubbed_fold(monkeypatch, losses, patience, delta)
     assert epoch == best
-    assert train_cv.best_row(losses[:epochs], delta) == best - 1  # the one that the figure marks
+    assert figures.best_row(losses[:epochs], delta) == best - 1  # the one that the figure marks
     assert history["epoch"].tolist() == list(range(1, epochs + 1))
     assert history["valid_loss"].tolist() == losses[:epochs]
     assert set(history["train_loss"]) == {0.5}

@@ -8,6 +8,7 @@ byte, but for the column `seconds` of history_f*.csv.
 """
 
 import argparse
+import os
 import random
 import shutil
 import subprocess
@@ -20,6 +21,8 @@ import pandas as pd
 
 SUITE = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(SUITE))
+
+os.environ["OMP_NUM_THREADS"] = "1"  # four processes at once would fight for the cores
 
 import simulate  # noqa: E402
 import utils  # noqa: E402

@@ -1,11 +1,15 @@
 """From a CSV to checked scans, from scans to tensors, and from subjects to folds."""
 
+import atexit
+import contextlib
 import csv
 import functools
 import hashlib
 import itertools
+import multiprocessing
 import os
 import shutil
+import signal
 from collections.abc import Callable, Hashable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from math import prod
@@ -28,6 +32,7 @@ COLUMNS = ["path", "label", "subject"]
 CACHES = ("auto", "ram", "disk", "none")
 SCALING = "min-max, float32"
 WORKERS = 2  # threads that look at voxels where nothing is to be kept
+SAMPLE = 2**12  # bytes
 SHOWN = 20  # bad scans named in one message
 # of a list of scans: twice as many as UK Biobank has; what is larger is something else, and not read
 CSV_SIZE, MOST_ROWS, LONGEST_LINE = 2**25, 200_000, 2**16
@@ -164,6 +169,22 @@ def check_grid(table: pd.DataFrame) -> Grid:
     return grids[0]
 
 
+def scans_digest(table: pd.DataFrame) -> str:
+    """SHA-256 of 16 samples of every scan's file, wherever it lies: it tells when scans were made anew."""
+    digest = hashlib.sha256()
+    for path, file in zip(table["path"], table["file"], strict=True):
+        try:
+            size = file.stat().st_size
+            digest.update(f"\n{size} ".encode())
+            with file.open("rb") as stream:
+                for start in np.linspace(0, max(size - SAMPLE, 0), 16, dtype=np.int64):
+                    stream.seek(start)
+                    digest.update(stream.read(SAMPLE))
+        except OSError as problem:
+            raise utils.InputError(f"{path}: cannot be read ({problem.strerror})") from problem
+    return digest.hexdigest()
+
+
 def read_scan(file: Path) -> np.ndarray:
     """Decode one scan and scale it to [0, 1] by its own minimum and maximum, as published.
 
@@ -236,7 +257,11 @@ class Scans(Dataset):
             self.cached = np.memmap(file, np.float32, "c", shape=shape)
 
     def __getitem__(self, i: int) -> tuple[Tensor, int]:
-        volume = read_scan(self.files[i]) if self.cached is None else self.cached[i]
+        if self.cached is not None:
+            volume = self.cached[i]
+        else:
+            with utils.naming(self.files[i]):
+                volume = read_scan(self.files[i])
         return torch.from_numpy(volume).unsqueeze(0), self.labels[i]
 
 
@@ -286,8 +311,22 @@ def loader(scans: Scans, rows: list[int], batch: int, workers: int, seed: int | 
         shuffle=seed is not None,
         generator=None if seed is None else torch.Generator().manual_seed(seed),
         num_workers=0 if scans.in_memory else workers,
+        worker_init_fn=_ignore_signals,
         pin_memory=torch.cuda.is_available(),
     )
+
+
+def _ignore_signals(_: int) -> None:
+    """Leave Ctrl-C and SIGTERM, which may go to all processes, to the one that this one reads for."""
+    for name in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(name, signal.SIG_IGN)
+
+
+@atexit.register
+def _end_readers() -> None:
+    """Kill what still reads when the command ends: multiprocessing would send SIGTERM and wait."""
+    for child in multiprocessing.active_children():
+        child.kill()
 
 
 def _is_whole(stored: Path, size: int) -> bool:
@@ -298,8 +337,8 @@ def _fill_disk(table: pd.DataFrame, stored: Path, size: int, workers: int) -> No
     """Decode every scan into one file; of several processes the first does so, the others wait for it."""
     folder, ours = stored.parent, ["scans-*.float32"]
     missing = [place for place in (folder, *folder.parents) if not place.exists()]
+    storage.make_folder(folder)
     try:
-        folder.mkdir(parents=True, exist_ok=True)
         with storage.locked(folder / storage.LOCK):
             storage.remove_leftovers(folder, ours)
             if _is_whole(stored, size):
@@ -309,12 +348,11 @@ def _fill_disk(table: pd.DataFrame, stored: Path, size: int, workers: int) -> No
                 write = functools.partial(_write_volume, path)
                 _report(_decode(table["file"], write, workers), table)
             for former in set(storage.written(folder, ours)) - {stored}:  # of scans that have changed
-                former.unlink()
-    except OSError as problem:
-        raise utils.Failure(f"{folder}: cannot be written and locked ({problem})") from problem
+                former.unlink(missing_ok=True)
     except utils.InputError:
-        for place in missing:
-            place.rmdir()
+        with contextlib.suppress(OSError):  # another process may have put something there
+            for place in missing:
+                place.rmdir()
         raise
 
 
@@ -416,6 +454,11 @@ def make_folds(table: pd.DataFrame, k: int, split: str, val_fraction: float, see
         role[table["subject"].isin(val)] = "val"
         folds.append(table[COLUMNS].assign(fold=fold, role=role))
     return pd.concat(folds, ignore_index=True)[["fold", "role", *COLUMNS]]
+
+
+def folds_digest(folds: pd.DataFrame) -> str:
+    """SHA-256 of who is train, val and test in each fold."""
+    return hashlib.sha256(folds.to_csv(index=False).encode()).hexdigest()
 
 
 def rows(folds: pd.DataFrame, fold: int, role: str) -> list[int]:

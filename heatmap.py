@@ -318,13 +318,22 @@ def save_rows(folder: Path, fold: int, rows: pd.DataFrame, digest: str) -> None:
 
 
 def start_maps(folder: Path, identity: dict[str, Any], about: dict[str, Any], overwrite: bool) -> None:
-    """Write map.json where it is not there yet, with no fold finished."""
+    """Write map.json, with no fold finished where it is not there yet."""
+    fresh = {"versions": storage.versions(), "weights_sha256": {}}
     with storage.locked(folder / storage.LOCK):
-        if not storage.start_folder(folder, "map.json", identity, WRITTEN, overwrite):
-            record = identity | about | {"versions": storage.versions(), "weights_sha256": {}}
-            storage.write_json(record, folder / "map.json")
+        found = storage.start_folder(folder, "map.json", identity, WRITTEN, overwrite)
+        storage.write_json(identity | fresh | found | about, folder / "map.json")
         if identity["options"]["save_subjects"]:
             (folder / "subjects").mkdir(exist_ok=True)
+
+
+def begin_fold(folder: Path, fold: int) -> None:
+    """Strike a fold off map.json, and all that was made of it, before its map is made anew."""
+    with storage.locked(folder / storage.LOCK):
+        record = storage.read_json(folder / "map.json")
+        record["weights_sha256"].pop(str(fold), None)
+        storage.write_json(record, folder / "map.json")
+        storage.remove(folder, MEANS)
 
 
 def finished_folds(folder: Path, weights: dict[int, str]) -> list[int]:
@@ -367,7 +376,8 @@ def main(argv: list[str] | None = None) -> int:
     name = folder_name(args.method, options)
     folder = args.outpath / name
     identity = {"method": args.method, "options": options, "model": run.model, "folds": run.k}
-    identity |= {"csv_sha256": storage.sha256(run.csv), "grid": run.grid.record()}
+    identity |= {"csv_sha256": storage.sha256(run.csv), "scans_sha256": dataset.scans_digest(run.table)}
+    identity |= {"folds_sha256": dataset.folds_digest(run.folds), "grid": run.grid.record()}
     about = {"csv": str(run.csv), "modelpath": str(args.modelpath.resolve())}
     storage.check_folder(folder, "map.json", identity, WRITTEN, args.overwrite)
     scans = dataset.open_scans(run.table, run.grid, "reuse", args.modelpath / "cache", WORKERS)
@@ -380,11 +390,13 @@ def main(argv: list[str] | None = None) -> int:
             if fold in finished_folds(folder, weights):
                 print(f"fold {fold}: explained before, kept")
                 continue
-            storage.remove(folder, MEANS)
+            begin_fold(folder, fold)
             model = load_fold(run, args.modelpath, fold, args.weights, args.seed, device)
+            if digests(run, args.modelpath, args.weights, args.seed)[fold] != weights[fold]:
+                raise utils.InputError(f"{args.modelpath}: the weights of fold {fold} changed meanwhile")
             rows = map_fold(model, run, scans, fold, args.method, options, args.batch, folder)
             save_rows(folder, fold, rows, weights[fold])
-        with storage.locked(folder / storage.LOCK):  # of several processes the last to finish gets past
+        with storage.locked(folder / storage.LOCK):  # the first to see all finished
             missing = set(range(run.k)) - set(finished_folds(folder, weights))
             if missing:
                 print(f"not explained yet, or with other weights: folds {sorted(missing)}")

@@ -83,10 +83,11 @@ def find_maps(folder: Path) -> dict[tuple[str, str], Path]:
         raise utils.InputError(
             f"--maps {folder}: holds no METHOD folder with maps; heatmap.py and svm.py write them"
         )
-    described = [_described(method) for method in methods]
-    if len({csv for csv, _ in described if csv}) > 1:
-        raise utils.InputError(f"--maps {folder}: the methods' map.json are of different CSVs")
-    folds = {method.name: k for method, (_, k) in zip(methods, described, strict=True)}
+    records = [_record(method) for method in methods]
+    for name, what in {"csv_sha256": "CSVs", "scans_sha256": "scans", "folds_sha256": "folds"}.items():
+        if len({record[name] for record in records if record[name]}) > 1:
+            raise utils.InputError(f"--maps {folder}: the methods' map.json are of different {what}")
+    folds = {method.name: record["folds"] for method, record in zip(methods, records, strict=True)}
     if len(set(folds.values())) > 1:
         counts = ", ".join(f"{name} has {k}" for name, k in folds.items())
         raise utils.InputError(f"--maps {folder}: the methods differ in their number of folds: {counts}")
@@ -99,20 +100,22 @@ def find_maps(folder: Path) -> dict[tuple[str, str], Path]:
     return files
 
 
-def _described(method: Path) -> tuple[str, int]:
-    """The CSV's SHA-256 and the number of folds of a METHOD folder; "" where no record says which CSV."""
-    csv, k, file = "", _highest(method) + 1, method / "map.json"
+def _record(method: Path) -> dict[str, Any]:
+    """What the map.json of a METHOD folder says of its cohort and folds; "" where it does not say."""
+    known: dict[str, Any] = {"csv_sha256": "", "scans_sha256": "", "folds_sha256": ""}
+    known["folds"], file = _highest(method) + 1, method / "map.json"
     with utils.naming(method):
         if method.name in FLOORS or not method.name.isprintable():
             raise utils.InputError("a METHOD cannot have this name")
     if file.exists():
         record = storage.read_json(file)
         with utils.naming(file):
-            csv = storage.recorded({"csv_sha256": csv} | record, "csv_sha256", str)
-            k = storage.recorded({"folds": k} | record, "folds", int)
-    if not 0 <= k <= MOST_FOLDS:
-        raise utils.InputError(f"{method}: has {k} folds, expected at most {MOST_FOLDS}")
-    return csv, k
+            known = {name: storage.recorded(known | record, name, type(known[name])) for name in known}
+            if record.get("method") == "SVM" and "C_per_fold" not in record:
+                raise utils.InputError("is not finished; svm.py goes on with it")
+    if not 0 <= known["folds"] <= MOST_FOLDS:
+        raise utils.InputError(f"{method}: has {known['folds']} folds, expected at most {MOST_FOLDS}")
+    return known
 
 
 def _highest(method: Path) -> int:
@@ -257,20 +260,23 @@ def main(argv: list[str] | None = None) -> int:
     files = find_maps(args.maps)
     means = {method: file for (method, fold), file in files.items() if fold == "all"}
     scan_file = find_mean_scan(args.maps, list(means))
+    inputs = {"reference": args.reference, "mask": args.mask or scan_file, "mean_scan": scan_file}
+    inputs |= {f"{method}, fold {fold}": file for (method, fold), file in files.items()}
+    digests = {name: storage.sha256(file) for name, file in inputs.items()}
     scan = read_image(scan_file, like=read_image(next(iter(means.values()))))
     mask = read_mask(args.mask, scan)
     reference = read_reference(args.reference, args.reference_threshold, mask)
     levels = sorted({*args.smooth, args.rank_smooth})
-    inputs = {"reference": args.reference, "mask": args.mask or scan_file, "mean_scan": scan_file}
-    inputs |= {f"{method}, fold {fold}": file for (method, fold), file in files.items()}
     identity = {name: getattr(args, name) for name in ("reference_threshold", "rank_smooth", "seed")}
     identity |= {"smooth": levels, "methods": list(means)}
-    identity["sha256"] = {name: storage.sha256(file) for name, file in inputs.items()}
+    identity["sha256"] = digests
     folder = args.outpath or args.maps
     found = storage.check_folder(folder, "overlap.json", identity, OUTPUTS, args.overwrite)
     if finished(folder, found):
         return 0
     maps = read_maps(files, mask)
+    if digests != {name: storage.sha256(file) for name, file in inputs.items()}:
+        raise utils.InputError(f"--maps {args.maps}: the maps changed while they were read")
 
     inside = mask.get_fdata() > 0
     brain = Brain(inside, mask.affine)

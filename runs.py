@@ -85,6 +85,9 @@ def _recorded_run(modelpath: Path, csv: Path | None, model: str | None, k: int |
     grid = dataset.check_grid(table)
     if grid.record() != trained_grid:
         raise utils.InputError(f"{csv}: the scans' grid is not the one that {modelpath} was trained on")
+    scans = dataset.scans_digest(table)
+    if record.get("scans_sha256", scans) != scans:
+        raise utils.InputError(f"{csv}: the scans changed since {modelpath} was trained on them")
     with utils.naming(modelpath / "folds.csv"):
         folds = _read_folds(modelpath / "folds.csv", table, trained_k)
     return Run(csv, table, grid, folds, trained_model, trained_k)

@@ -27,6 +27,7 @@ RECORD_SIZE = 2**22  # bytes of a record: one of a thousand folds has a tenth of
 
 PARTIAL = ".partial-"  # begins the names of temporary files
 LOCK = ".lock"  # of a folder's shared files, held while they are read, changed and written back
+KEPT = "; what was finished before is kept"
 _held: dict[int, Path] = {}  # this process's locks by descriptor
 
 
@@ -49,7 +50,7 @@ def locked(path: Path, wait: bool = True) -> Iterator[None]:
 
     Raises:
         BlockingIOError: another process holds it, and `wait` is false.
-        OSError: the file cannot be made, or its file system has no locks.
+        Failure: the file cannot be made, or its file system has no locks.
     """
     handle = _lock(path, wait)
     try:
@@ -62,25 +63,35 @@ def locked(path: Path, wait: bool = True) -> Iterator[None]:
 
 def _lock(path: Path, wait: bool) -> int:
     """Open and lock a file, again and again until it is still at its path afterwards."""
-    while True:
-        handle = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
-        _held[handle] = path
-        try:
-            fcntl.flock(handle, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
-            if _is_at(handle, path):
-                return handle
-        except BaseException:
+    try:
+        while True:
+            handle = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
+            _held[handle] = path
+            try:
+                fcntl.flock(handle, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+                if _is_at(handle, path):
+                    return handle
+            except BaseException:
+                _close(handle)
+                raise
             _close(handle)
-            raise
-        _close(handle)
+    except BlockingIOError:
+        raise
+    except OSError as problem:
+        reason = problem.strerror or problem
+        raise Failure(f"{path.parent}: cannot be written and locked ({reason}){KEPT}") from problem
 
 
 def _is_at(handle: int, path: Path) -> bool:
-    """Whether an open file is the one at a path."""
+    """Whether an open file is the one at a path, which is opened, as other machines' caches answer stat."""
     try:
-        return os.path.samestat(os.fstat(handle), os.stat(path))
+        there = os.open(path, os.O_RDONLY)
     except FileNotFoundError:
         return False
+    try:
+        return os.path.samestat(os.fstat(handle), os.fstat(there))
+    finally:
+        os.close(there)
 
 
 def _close(handle: int) -> None:
@@ -96,16 +107,22 @@ def claimed(folder: Path, parts: Iterable[str]) -> Iterator[None]:
         InputError: another process holds one of them.
         Failure: the folder cannot be made or locked.
     """
+    make_folder(folder)
     with contextlib.ExitStack() as stack:
         try:
-            folder.mkdir(parents=True, exist_ok=True)
             for part in parts:
                 stack.enter_context(locked(folder / f"{LOCK}-{part.replace(' ', '_')}", wait=False))
         except BlockingIOError as problem:
             raise InputError(f"{folder}: another process is at work on {part}") from problem
-        except OSError as problem:
-            raise Failure(f"{folder}: cannot be written and locked ({problem})") from problem
         yield
+
+
+def make_folder(folder: Path) -> None:
+    """Create a folder where there is none; Failure where that cannot be."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as problem:
+        raise Failure(f"{folder}: cannot be made ({problem.strerror})") from problem
 
 
 @contextlib.contextmanager
@@ -129,7 +146,7 @@ def whole_file(path: Path) -> Iterator[Path]:
         _sync(path.parent)
     except OSError as problem:
         reason = problem.strerror or problem
-        raise Failure(f"{path}: cannot be written ({reason}); what was finished before is kept") from problem
+        raise Failure(f"{path}: cannot be written ({reason}){KEPT}") from problem
 
 
 def _sync(path: Path) -> None:
@@ -198,11 +215,13 @@ def file_size(path: Path, kind: str = "file") -> int:
 
 def sha256(path: Path) -> str:
     """SHA-256 of a file's content, in hexadecimal; InputError where it cannot be read."""
-    try:
-        with path.open("rb") as stream:
-            return hashlib.file_digest(stream, "sha256").hexdigest()
-    except OSError as problem:
-        raise InputError(f"{path}: cannot be read ({problem.strerror})") from problem
+    with naming(path):
+        file_size(path)
+        try:
+            with path.open("rb") as stream:
+                return hashlib.file_digest(stream, "sha256").hexdigest()
+        except OSError as problem:
+            raise InputError(f"cannot be read ({problem.strerror})") from problem
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -306,9 +325,9 @@ def start_folder(
 
 
 def remove(folder: Path, patterns: Iterable[str]) -> None:
-    """Remove the files in a folder that match any of the patterns."""
+    """Remove the files in a folder that match any of the patterns; another process may do the same."""
     for path in written(folder, patterns):
-        path.unlink()
+        path.unlink(missing_ok=True)
 
 
 def written(folder: Path, patterns: Iterable[str]) -> list[Path]:

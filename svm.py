@@ -8,7 +8,6 @@ validation scans, and its test scans are predicted. Everything is written to DIR
 """
 
 import argparse
-import hashlib
 import sys
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -146,7 +145,8 @@ def identify(cohort: Cohort, C: float | None, mask: Path | None) -> dict[str, An
         "method": "SVM",
         "options": {"C": "chosen" if C is None else C, **cohort.folding},
         "csv_sha256": storage.sha256(cohort.csv),
-        "folds_sha256": hashlib.sha256(cohort.folds.to_csv(index=False).encode()).hexdigest(),
+        "scans_sha256": dataset.scans_digest(cohort.table),
+        "folds_sha256": dataset.folds_digest(cohort.folds),
         "mask_sha256": None if mask is None else storage.sha256(mask),
         "grid": cohort.grid.record(),
     }
@@ -401,6 +401,7 @@ def main(argv: list[str] | None = None) -> int:
     with storage.claimed(folder, ["SVM"]), utils.enough(work, "give a smaller --mask"):
         with storage.locked(folder / storage.LOCK):
             storage.start_folder(folder, "map.json", identity, WRITTEN, args.overwrite)
+            storage.remove(folder, WRITTEN)  # what is there is not finished
             storage.write_json(record, folder / "map.json")
         products = linear_kernel(scans, inside)
         machines = fit_folds(products, cohort, args.C)

@@ -165,6 +165,8 @@ def load_progress(
         train.generator.set_state(state["loader"])
         utils.restore_random(state["random"], device)
         return Course(**state["course"])
+    except torch.OutOfMemoryError:
+        raise
     except models.UNREADABLE as problem:
         reason = f"is damaged ({type(problem).__name__}); remove it to train this fold from its start"
         raise utils.InputError(f"{path}: {reason}") from problem
@@ -245,7 +247,7 @@ def start_run(
             storage.write_csv(folds, folder / "folds.csv")
         elif (folder / "folds.csv").read_bytes() != folds.to_csv(index=False, lineterminator="\n").encode():
             raise utils.InputError(
-                f"{folder / 'folds.csv'}: is not as this run wrote it; remove it, or --overwrite"
+                f"{folder / 'folds.csv'}: is not as this run wrote it; --overwrite starts again"
             )
 
 
@@ -281,6 +283,10 @@ class Fold:
             print(f"fold {self.number}: finished before, kept")
             self.progress.unlink(missing_ok=True)
         return self.finished
+
+    def begin(self) -> None:
+        """Remove a checkpoint whose history is lost, so that it never passes for that of a new history."""
+        self.checkpoint.unlink(missing_ok=True)
 
     def finish(self, course: Course) -> None:
         """Write what training led to; the checkpoint last, as its presence says so."""
@@ -347,30 +353,34 @@ def main(argv: list[str] | None = None) -> int:
     grid = dataset.check_grid(table)
     model = models.require_model(args.model, grid.shape)
     options = {name: value for name, value in vars(args).items() if name not in INCIDENTAL}
-    identity = {"csv_sha256": storage.sha256(args.path), "grid": grid.record(), "arguments": options}
+    identity: dict[str, Any] = {"csv_sha256": storage.sha256(args.path)}
+    identity |= {"scans_sha256": dataset.scans_digest(table)}
+    identity |= {"folds_sha256": dataset.folds_digest(folds), "grid": grid.record(), "arguments": options}
     about = {"csv": str(args.path.resolve()), "model": args.model, "seed": args.seed}
     every = [Fold(args.outpath, number) for number in range(args.fold)]
     if storage.check_folder(args.outpath, "run.json", identity, WRITTEN, args.overwrite):
         for fold in every:
             fold.check(model)
-    scans = dataset.open_scans(table, grid, args.cache, args.outpath / "cache", args.workers)
+    work = f"--batch {args.batch} of {'x'.join(map(str, grid.shape))} voxels, {args.model}, on {device}"
+    limits = work, "lower --batch, take fewer filters, or --cache disk"
+    with utils.enough(*limits):
+        scans = dataset.open_scans(table, grid, args.cache, args.outpath / "cache", args.workers)
     load = partial(make_loader, scans, folds, batch=args.batch, workers=args.workers, seed=args.seed)
 
-    work = f"--batch {args.batch} of {'x'.join(map(str, grid.shape))} voxels, {args.model}, on {device}"
-    memory = utils.enough(work, "lower --batch, or take fewer filters")
-    with storage.claimed(args.outpath, [f"fold {fold}" for fold in chosen]), memory:
+    with storage.claimed(args.outpath, [f"fold {fold}" for fold in chosen]), utils.enough(*limits):
         start_run(args.outpath, identity, about, folds, args.overwrite)
         for number in chosen:
             if every[number].kept():
                 continue
             storage.remove(args.outpath, SUMMARY)
+            every[number].begin()
             network = new_training(args.model, grid, device, args.lr, args.wd, args.seed, number)
             course = train_fold(
                 *network, load(number, "train"), load(number, "val"), args.epochs, args.patience,
                 args.delta, PRECISIONS[args.precision], f"fold {number}", every[number].progress,
             )  # fmt: skip
             every[number].finish(course)
-        with storage.locked(args.outpath / storage.LOCK):  # of several processes the last to finish gets past
+        with storage.locked(args.outpath / storage.LOCK):
             if not all_trained(every) or summarised(args.outpath):
                 return 0
             checkpoints = [fold.checkpoint for fold in every]

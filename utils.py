@@ -4,6 +4,7 @@ import argparse
 import contextlib
 import ctypes
 import functools
+import os
 import random
 import re
 import signal
@@ -87,11 +88,17 @@ def command(saved: str) -> Callable[[Main], Main]:
         def guarded(argv: list[str] | None = None) -> int:
             try:
                 with _termination():
-                    return main(argv)
+                    status = main(argv)
+                    sys.stdout.flush()
+                    return status
             except InputError as mistake:
-                line, status = f"error: {mistake}", 2
+                # one that was raised while a process of PyTorch's read scans comes with a traceback as text
+                line, status = f"error: {str(mistake).rpartition('InputError: ')[2]}", 2
             except Failure as fault:
                 line, status = f"error: {fault}", 1
+            except BrokenPipeError:
+                os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for what is still buffered
+                line, status = f"error: standard output was closed; {saved}", 1
             except KeyboardInterrupt as interrupt:
                 line, status = f"interrupted: {saved}", 143 if isinstance(interrupt, Terminated) else 130
             print(printable(line), file=sys.stderr)
@@ -110,13 +117,16 @@ def _termination() -> Iterator[None]:
         return
 
     def handler(*_: object) -> NoReturn:
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # PyTorch's raises where a reading process ends with us
         raise Terminated
 
-    before = signal.signal(signal.SIGTERM, handler)
+    before = {name: signal.getsignal(name) for name in (signal.SIGTERM, signal.SIGCHLD)}
+    signal.signal(signal.SIGTERM, handler)
     try:
         yield
     finally:
-        signal.signal(signal.SIGTERM, before)
+        for name, former in before.items():
+            signal.signal(name, former)
 
 
 @contextlib.contextmanager
@@ -134,7 +144,7 @@ def enough(work: str, advice: str) -> Iterator[None]:
     except RuntimeError as problem:  # PyTorch's, by their words: on a CPU they have no class of their own
         if re.search("out of memory|can't allocate memory", str(problem)):
             raise Failure(f"{work}: out of memory; {advice} ({problem})") from problem
-        if "DataLoader worker" in str(problem):
+        if "DataLoader worker (pid" in str(problem):
             raise Failure(
                 f"{work}: a process that reads scans ended; lower --workers ({problem})"
             ) from problem

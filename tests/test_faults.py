@@ -137,7 +137,7 @@ def test_folder_that_is_removed_is_not_made_again(at, monkeypatch, capsys):
 
     monkeypatch.setattr(train_cv, "train_epoch", remove)
     assert call("models", at, "--outpath AT/new") == 1
-    assert "progress_f0.pth: cannot be written (No such file" in only_error(capsys.readouterr().err)
+    assert "new: cannot be written and locked (No such file" in only_error(capsys.readouterr().err)
     assert not (at / "new").exists()
 
 

@@ -1,7 +1,9 @@
 """heatmap.py: the maps and tables of every method, going on, published checkpoints, and mistakes."""
 
 import json
+import os
 import shutil
+import signal
 from pathlib import Path
 
 import numpy as np
@@ -19,8 +21,10 @@ from cohorts import (
     only_error,
     read_nifti,
     read_values,
+    voxels,
     write_cohort,
     write_csv,
+    write_scan,
 )
 
 import dataset
@@ -514,6 +518,42 @@ def test_interrupted_first_fold_goes_on(maps, run, tmp_path, monkeypatch):
     assert not (tmp_path / "LRP" / "map_f0.nii.gz").exists()
     assert explain("LRP", run, tmp_path, "--save-subjects") == 0
     assert (tmp_path / "LRP" / "subjects.csv").read_text() == (maps / "LRP" / "subjects.csv").read_text()
+
+
+def test_weights_that_change_meanwhile_are_refused(run_copy, tmp_path, monkeypatch, capsys):
+    honest = heatmap.load_fold
+
+    def change(run, modelpath, fold, *args):
+        shutil.copy(modelpath / f"state_dict_f{1 - fold}.pth", modelpath / f"state_dict_f{fold}.pth")
+        return honest(run, modelpath, fold, *args)
+
+    monkeypatch.setattr(heatmap, "load_fold", change)
+    assert explain("LRP", run_copy, tmp_path) == 2
+    assert "the weights of fold 0 changed meanwhile" in only_error(capsys.readouterr().err)
+    assert not (tmp_path / "LRP" / "map_f0.nii.gz").exists()
+
+
+def test_fold_that_is_begun_again_is_struck_off_first(maps, run_copy, tmp_path, monkeypatch):
+    """Its weights changed, it was interrupted, and the former weights came back: its map is of neither."""
+    shutil.copytree(maps / "LRP", tmp_path / "LRP")
+    weights = run_copy / "state_dict_f1.pth"
+    former = weights.read_bytes()
+    shutil.copy(run_copy / "state_dict_f0.pth", weights)
+    with monkeypatch.context() as patch:
+        patch.setattr(heatmap, "save_rows", lambda *_: os.kill(os.getpid(), signal.SIGTERM))
+        assert explain("LRP", run_copy, tmp_path, "--save-subjects") == 143
+    assert not (tmp_path / "LRP" / "map_all.nii.gz").exists()
+    weights.write_bytes(former)
+    assert explain("LRP", run_copy, tmp_path, "--save-subjects") == 0
+    for name in ("map_f1.nii.gz", "map_all.nii.gz", "subjects.csv"):
+        assert (tmp_path / "LRP" / name).read_bytes() == (maps / "LRP" / name).read_bytes()
+
+
+def test_scans_that_changed_since_training_are_refused(run_copy, csv, tmp_path, capsys):
+    shutil.copytree(csv.parent, tmp_path / "cohort")
+    write_scan(tmp_path / "cohort" / "scans" / "004.nii", voxels(4) // 2)
+    assert explain("LRP", run_copy, tmp_path / "out", "--path", str(tmp_path / "cohort" / "data.csv")) == 2
+    assert "the scans changed" in only_error(capsys.readouterr().err)
 
 
 def test_two_jobs_at_once_share_a_folder(maps, run, tmp_path, monkeypatch):

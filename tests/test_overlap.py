@@ -413,6 +413,21 @@ def test_nonsense_in_a_record(broken, tmp_path, capsys, record, words):
     assert "IG" in line
 
 
+@pytest.mark.parametrize(
+    ("record", "words"),
+    [
+        ({"folds_sha256": "abc"}, "of different folds"),
+        ({"scans_sha256": "abc"}, "of different scans"),
+        ({"method": "SVM"}, "is not finished"),
+    ],
+)
+def test_maps_that_cannot_be_compared(broken, tmp_path, capsys, record, words):
+    other = {"folds": K, "folds_sha256": "def", "scans_sha256": "def"}
+    for name, more in {"IG": record, "SVM": {"C_per_fold": {}}}.items():
+        (broken / "heatmaps" / name / "map.json").write_text(json.dumps(other | more))
+    assert words in refuse(broken, tmp_path, capsys)
+
+
 def test_map_of_a_fold_beyond_all_bounds(broken, tmp_path, capsys):
     (broken / "heatmaps" / "IG" / "map.json").unlink()
     (broken / "heatmaps" / "IG" / f"map_f{10**30}.nii.gz").touch()

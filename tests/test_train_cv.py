@@ -25,8 +25,10 @@ from cohorts import (
     load_network,
     load_volume,
     only_error,
+    voxels,
     write_cohort,
     write_csv,
+    write_scan,
 )
 from torch.utils.data import DataLoader
 
@@ -348,6 +350,84 @@ def test_fold_that_another_process_trains_is_refused(copy, csv, capsys):
         assert train(csv, copy, "--run-folds", "0") == 0
         other.communicate("done")
     assert contents(copy) == before
+
+
+def test_checkpoint_without_its_history_is_not_taken_for_that_of_a_new_one(copy, run, csv, monkeypatch):
+    """The history is lost, the fold is trained again, and killed between the two files of its end."""
+    (copy / "history_f1.csv").unlink()
+    with (copy / "state_dict_f1.pth").open("ab") as stream:
+        stream.write(b"old")
+    with monkeypatch.context() as patch:
+        patch.setattr(storage, "write_tensors", _interrupt_at_checkpoints(storage.write_tensors))
+        assert train(csv, copy) == 143
+    assert (copy / "history_f1.csv").exists()
+    assert train(csv, copy) == 0
+    assert unclocked(copy) == unclocked(run)
+
+
+def _interrupt_at_checkpoints(honest):
+    def write(record, path: Path) -> None:
+        if path.name.startswith("state_dict"):
+            os.kill(os.getpid(), signal.SIGTERM)
+        honest(record, path)
+
+    return write
+
+
+def test_scans_that_changed_meanwhile_are_refused(copy, csv, tmp_path, capsys):
+    shutil.copytree(csv.parent, tmp_path / "cohort")
+    write_scan(tmp_path / "cohort" / "scans" / "004.nii", voxels(4) // 2)
+    assert train(tmp_path / "cohort" / "data.csv", copy) == 2
+    assert "scans_sha256" in only_error(capsys.readouterr().err)
+
+
+@pytest.mark.parametrize("name", ["SIGTERM", "SIGINT"])
+def test_signal_to_all_processes_is_one_line(csv, tmp_path, name):
+    """Batch systems, and Ctrl-C, reach the processes that read scans, too."""
+    command = [
+        sys.executable,
+        str(ROOT / "train_cv.py"),
+        "--path",
+        str(csv),
+        "--outpath",
+        str(tmp_path),
+        *FAST,
+    ]
+    command += ["--cache", "none", "--workers", "2", "--epochs", "50", "--patience", "50"]
+    with subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True
+    ) as run:
+        assert run.stdout is not None
+        while "epoch 1:" not in run.stdout.readline():
+            assert run.poll() is None
+        time.sleep(0.3)
+        os.killpg(run.pid, getattr(signal, name))
+        _, errors = run.communicate(timeout=60)
+    assert run.returncode == 128 + getattr(signal, name)
+    assert errors.startswith("interrupted: "), errors
+    assert errors.count("\n") == 1, errors
+
+
+def test_output_that_nobody_reads_is_one_line(csv, tmp_path):
+    command = [
+        sys.executable,
+        "-u",
+        str(ROOT / "train_cv.py"),
+        "--path",
+        str(csv),
+        "--outpath",
+        str(tmp_path),
+    ]
+    with subprocess.Popen(
+        [*command, *FAST], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    ) as run:
+        assert run.stdout is not None
+        run.stdout.readline()
+        run.stdout.close()
+        assert run.stderr is not None
+        line = only_error(run.stderr.read())
+    assert run.returncode == 1
+    assert "standard output was closed" in line
 
 
 def test_folds_csv_that_was_edited_is_refused(copy, csv, capsys):

@@ -5,8 +5,6 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import matplotlib
-import matplotlib.pyplot as plt
 import nibabel as nib
 import numpy as np
 import pandas as pd
@@ -14,11 +12,19 @@ import pandas as pd
 import storage
 from agreement import TWIN
 
-matplotlib.use("Agg")  # pictures are written, never shown: no display is needed
-matplotlib.rcParams["text.parse_math"] = False  # a METHOD is the name of a folder, $ is a letter of it
-
 # Okabe and Ito's colours, told apart with any kind of colour vision; grey is left to the floors.
 COLOURS = ["#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000"]
+
+
+def _pyplot() -> Any:
+    """matplotlib.pyplot, imported only where pictures are drawn: it takes a while, and writes a cache."""
+    import matplotlib
+
+    matplotlib.use("Agg")  # pictures are written, never shown: no display is needed
+    matplotlib.rcParams["text.parse_math"] = False  # a METHOD is the name of a folder, $ is a letter of it
+    import matplotlib.pyplot as plt
+
+    return plt
 
 
 def best_row(losses: Sequence[float], delta: float) -> int:
@@ -31,6 +37,7 @@ def best_row(losses: Sequence[float], delta: float) -> int:
 
 def draw_training(histories: list[pd.DataFrame], delta: float, path: Path) -> None:
     """Loss curves of every fold, the epoch whose weights were saved marked (PNG)."""
+    plt = _pyplot()
     figure, axes = plt.subplots(
         1, len(histories), figsize=(3.2 * len(histories), 3.2), sharey=True, squeeze=False
     )
@@ -63,6 +70,7 @@ def draw_map(values: np.ndarray, background: np.ndarray, affine: np.ndarray, tit
         title: written over the figure.
         path: the PNG to write.
     """
+    plt = _pyplot()
     from nilearn import plotting
 
     magnitude = np.abs(values[values != 0])
@@ -88,7 +96,7 @@ def draw_map(values: np.ndarray, background: np.ndarray, affine: np.ndarray, tit
     colours = plt.cm.ScalarMappable(plt.Normalize(-top, top), plotting.cm.cold_hot)
     bar = figure.add_axes((0.92, 0.25, 0.015, 0.5))
     bar.set_title("attribution", fontsize=10)
-    figure.colorbar(colours, cax=bar).formatter.set_powerlimits((-2, 2))  # type: ignore[attr-defined]
+    figure.colorbar(colours, cax=bar).formatter.set_powerlimits((-2, 2))
     with storage.whole_file(path) as partial:
         figure.savefig(partial, dpi=110)
     plt.close(figure)
@@ -102,6 +110,7 @@ def draw_overlap(table: pd.DataFrame, ranked: pd.DataFrame, curves: dict[str, An
         curves: `dice_curve` of the mean map of each METHOD and of "edges", smoothed as in `ranked`.
         path: the PNG to write.
     """
+    plt = _pyplot()
     names = [name for name in ranked["method"] if name in curves and name != "edges"]
     looks = itertools.product(("-", "--", ":"), COLOURS)  # by name, so that a method keeps its colour
     given = {name: {"color": c, "linestyle": d} for name, (d, c) in zip(sorted(names), looks, strict=False)}

@@ -320,7 +320,7 @@ def start_folder(
                     pass
             except BlockingIOError as problem:
                 raise InputError(f"--overwrite: another process is at work in {folder}") from problem
-        remove(folder, patterns)
+        remove(folder, sorted(patterns, key=record.__eq__))  # the record last: without it all is in the way
     return found
 
 

@@ -271,11 +271,11 @@ class Fold:
             return
         models.load_weights(model, self.checkpoint, torch.device("cpu"))
         try:
-            columns = list(pd.read_csv(self.history, dtype=float).columns)
+            history = pd.read_csv(self.history, dtype=float)
         except (OSError, ValueError) as problem:
             raise utils.InputError(f"{self.history}: cannot be read ({problem})") from problem
-        if columns != HISTORY:
-            raise utils.InputError(f"{self.history}: has the columns {columns}, expected {HISTORY}")
+        if list(history.columns) != HISTORY or history.empty:
+            raise utils.InputError(f"{self.history}: expected the columns {HISTORY} and at least one epoch")
 
     def kept(self) -> bool:
         """Whether it was finished before, which is said."""

@@ -192,6 +192,7 @@ def run(tmp_path_factory) -> Path:
     table = dataset.read_csv(csv)
     grid = dataset.check_grid(table)
     arguments = {"fold": 2, "split": "stratified", "val_fraction": 0.5, "seed": 0}
+    (folder / "models").mkdir()
     storage.write_csv(dataset.make_folds(table, 2, "stratified", 0.5, 0), folder / "models" / "folds.csv")
     record = {"csv": str(csv), "csv_sha256": storage.sha256(csv), "model": MODEL, "grid": grid.record()}
     storage.write_json(record | {"seed": 0, "arguments": arguments}, folder / "models" / "run.json")

@@ -28,6 +28,7 @@ def run(tmp_path) -> Path:
     record = {"csv": str(csv), "csv_sha256": storage.sha256(csv), "model": "modelB2", "arguments": arguments}
     folder = tmp_path / "models"
     parts = [table[dataset.COLUMNS].assign(fold=fold, role=role) for fold, role in enumerate(ROLES)]
+    folder.mkdir(parents=True, exist_ok=True)
     storage.write_csv(pd.concat(parts)[["fold", "role", *dataset.COLUMNS]], folder / "folds.csv")
     storage.write_json(record | {"grid": dataset.check_grid(table).record()}, folder / "run.json")
     return folder

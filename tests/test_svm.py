@@ -415,9 +415,13 @@ def test_path_and_fold_options_of_the_run_are_fine(csv, run, done, tmp_path):
 
 
 def changed_scan(csv: Path, run: Path, folder: Path, row: int) -> tuple[Path, Path]:
-    """A copy of cohort and run in which one scan is another one; returns CSV and run."""
+    """A copy of cohort and run in which one scan is another one, and was so always; returns CSV and run."""
     mine = Path(shutil.copytree(csv.parent, folder / "cohort")) / "data.csv"
     write_scan(mine.parent / "scans" / f"{row:03d}.nii", weak_voxels(1000, 0, loss=0)[:, :, ::-1])
+    run = Path(shutil.copytree(run, folder / "run"))
+    record = json.loads((run / "run.json").read_text())
+    del record["scans_sha256"]
+    (run / "run.json").write_text(json.dumps(record))
     return mine, run
 
 

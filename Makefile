@@ -1,8 +1,8 @@
 # make demo       a cohort, five networks, their maps, an SVM, and how all agree with the truth: under demo/
 # make demo-null  the same people without any planted loss: what is left is chance
 # make bench      speed and memory against the published way, about 17 minutes; bench-quick: 2 minutes
-# make slopes     how time and memory grow with subjects, steps and voxels, and the comparison at 1 mm, about 20 minutes
-# make torture    kills training, maps and a job array at random moments, and compares, about 8 minutes
+# make slopes     how time and memory grow with subjects, steps and voxels, and the comparison at 1 mm, about 25 minutes
+# make torture    kills training, maps and a job array at random moments, and compares, about 9 minutes
 # make test       all tests
 # make fuzz       random damage to every file that is read: a result or a clear error; about 10 minutes
 # make lint       formatting, rules and types

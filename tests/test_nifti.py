@@ -90,42 +90,48 @@ def test_extensions_and_whatever_follows_plain_voxels_are_passed_over(tmp_path):
 LENGTHS, FORM = 40, "<8h"  # where a NIfTI-1 header keeps its dimensions
 
 
+NONSENSE = [
+    ((LENGTHS, FORM, [3, 30000, 30000, 30000, 1, 1, 1, 1]), "30000x30000x30000 voxels, more than"),
+    ((LENGTHS, FORM, [3, 400, 400, 400, 1, 1, 1, 1]), "128000352 bytes"),
+    ((LENGTHS, FORM, [3, -4, 5, 6, 1, 1, 1, 1]), "(-4, 5, 6)"),
+    ((LENGTHS, FORM, [3, -4, -5, 6, 1, 1, 1, 1]), "(-4, -5, 6)"),
+    ((LENGTHS, FORM, [3, 0, 5, 6, 1, 1, 1, 1]), "(0, 5, 6)"),
+    ((LENGTHS, FORM, [4, 4, 5, 6, -1, 1, 1, 1]), "(4, 5, 6, -1)"),
+    ((LENGTHS, FORM, [5, 4, 5, 6, -1, -1, 1, 1]), "(4, 5, 6, -1, -1)"),
+    ((LENGTHS, FORM, [4, 4, 5, 3, 2, 1, 1, 1]), "one 3D volume"),
+    ((LENGTHS, FORM, [2, 4, 30, 1, 1, 1, 1, 1]), "one 3D volume"),
+    ((108, "<f", np.nan), "vox_offset"),
+    ((108, "<f", np.inf), "vox_offset"),
+    ((108, "<f", -352), "byte -352"),
+    ((108, "<f", 0), "byte 0"),
+    ((108, "<f", 348), "byte 348"),
+    ((108, "<f", 352.5), "byte 352.5"),
+    ((108, "<f", 3e38), "byte 3e+38"),
+    ((108, "<f", 400), "640 bytes"),
+    ((70, "<h", 0), "data code 0"),
+    ((70, "<h", 32), "complex64"),
+    ((70, "<h", 128), "real voxels"),
+    ((70, "<h", 999), "999"),
+    ((344, "<3s", b"ni1"), "half of a .hdr/.img pair"),
+    ((344, "<3s", b"abc"), "no NIfTI header"),
+    ((280, "<f", np.nan), "affine"),
+    ((280, "<12f", np.zeros(12)), "affine"),
+]
+
+
+# a packed file of this size may hold as many bytes as these headers claim
 @pytest.mark.parametrize(
-    ("field", "words"),
+    ("field", "words", "name"),
     [
-        ((LENGTHS, FORM, [3, 30000, 30000, 30000, 1, 1, 1, 1]), "30000x30000x30000 voxels, more than"),
-        ((LENGTHS, FORM, [3, 400, 400, 400, 1, 1, 1, 1]), "128000352 bytes"),
-        ((LENGTHS, FORM, [3, -4, 5, 6, 1, 1, 1, 1]), "(-4, 5, 6)"),
-        ((LENGTHS, FORM, [3, -4, -5, 6, 1, 1, 1, 1]), "(-4, -5, 6)"),
-        ((LENGTHS, FORM, [3, 0, 5, 6, 1, 1, 1, 1]), "(0, 5, 6)"),
-        ((LENGTHS, FORM, [4, 4, 5, 6, -1, 1, 1, 1]), "(4, 5, 6, -1)"),
-        ((LENGTHS, FORM, [5, 4, 5, 6, -1, -1, 1, 1]), "(4, 5, 6, -1, -1)"),
-        ((LENGTHS, FORM, [4, 4, 5, 3, 2, 1, 1, 1]), "one 3D volume"),
-        ((LENGTHS, FORM, [2, 4, 30, 1, 1, 1, 1, 1]), "one 3D volume"),
-        ((108, "<f", np.nan), "vox_offset"),
-        ((108, "<f", np.inf), "vox_offset"),
-        ((108, "<f", -352), "byte -352"),
-        ((108, "<f", 0), "byte 0"),
-        ((108, "<f", 348), "byte 348"),
-        ((108, "<f", 352.5), "byte 352.5"),
-        ((108, "<f", 3e38), "byte 3e+38"),
-        ((108, "<f", 400), "640 bytes"),
-        ((70, "<h", 0), "data code 0"),
-        ((70, "<h", 32), "complex64"),
-        ((70, "<h", 128), "real voxels"),
-        ((70, "<h", 999), "999"),
-        ((344, "<3s", b"ni1"), "half of a .hdr/.img pair"),
-        ((344, "<3s", b"abc"), "no NIfTI header"),
-        ((280, "<f", np.nan), "affine"),
-        ((280, "<12f", np.zeros(12)), "affine"),
+        (field, words, name)
+        for field, words in NONSENSE
+        for name in ("a.nii", "a.nii.gz")
+        if not (name.endswith(".gz") and words.endswith(" bytes"))
     ],
 )
-@pytest.mark.parametrize("name", ["a.nii", "a.nii.gz"])
 def test_headers_that_make_no_sense(tmp_path, field, words, name):
     noise = np.random.default_rng(0).integers(0, 9, SHAPE, np.int16)
     path = write_scan(tmp_path / name, noise)
-    if name.endswith(".gz") and words in ("128000352 bytes", "640 bytes"):
-        pytest.skip("a packed file of this size may hold so much")
     form, value = field[1:]
     if isinstance(value, bytes):
         raw = bytearray(write_scan(tmp_path / "b.nii", noise).read_bytes())

@@ -324,7 +324,7 @@ def start_maps(folder: Path, identity: dict[str, Any], about: dict[str, Any], ov
         found = storage.start_folder(folder, "map.json", identity, WRITTEN, overwrite)
         storage.write_json(identity | fresh | found | about, folder / "map.json")
         if identity["options"]["save_subjects"]:
-            (folder / "subjects").mkdir(exist_ok=True)
+            storage.make_folder(folder / "subjects")
 
 
 def begin_fold(folder: Path, fold: int) -> None:
@@ -396,7 +396,8 @@ def main(argv: list[str] | None = None) -> int:
                 raise utils.InputError(f"{args.modelpath}: the weights of fold {fold} changed meanwhile")
             rows = map_fold(model, run, scans, fold, args.method, options, args.batch, folder)
             save_rows(folder, fold, rows, weights[fold])
-        with storage.locked(folder / storage.LOCK):  # the first to see all finished
+        # of several processes the first to see all folds finished
+        with storage.locked(folder / storage.LOCK):
             missing = set(range(run.k)) - set(finished_folds(folder, weights))
             if missing:
                 print(f"not explained yet, or with other weights: folds {sorted(missing)}")

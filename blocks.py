@@ -24,9 +24,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from models import CLASSES, LAYOUT, BlockLayers, CNN3d, channels_last
+from devices import values_at_once
+from models import CLASSES, BlockLayers, CNN3d, in_layout, layout
 
-SLAB = 2**23  # values of a convolution's output that are worked on at once, 32 MiB in float32
+SLAB = 2**23  # values of a convolution's output that are worked on at once on a CPU, 32 MiB in float32
 
 Box = tuple[slice, ...]  # of a grid, one slice for each axis
 
@@ -100,7 +101,7 @@ class Block:
         filters = len(inputs) * len(self.weight)
         pooled, winners = in_slabs(
             lambda rows: self.pool(self.convolve(with_halo(inputs, rows, self.weight))),
-            self.grid(inputs.shape[2:]), self.window, filters,
+            self.grid(inputs.shape[2:]), self.window, filters, inputs.device,
         )  # fmt: skip
         return pooled, winners
 
@@ -127,7 +128,7 @@ class Margin:
     def pad(self, values: Tensor) -> Tensor:
         """Surround values (B, n, ...) by the background: (B, n, *shape)."""
         shape = (*values.shape[:2], *self.shape)
-        full = torch.empty(shape, dtype=values.dtype, device=values.device, memory_format=LAYOUT)
+        full = _empty(shape, values)
         full.copy_(self.background.view(-1, 1, 1, 1))
         full[:, :, *self.inside] = values
         return full
@@ -169,7 +170,7 @@ class Network:
     def declassify(self, target: Tensor, hidden: Tensor, shape: torch.Size, guided: bool = False) -> Tensor:
         """Gradient of each scan's target logit at the output of the last block, of the given shape."""
         gradient = through_relu(self.output.weight[target], hidden, guided)  # (B, 64)
-        return (gradient @ self.hidden.weight).view(shape).contiguous(memory_format=LAYOUT)
+        return in_layout((gradient @ self.hidden.weight).view(shape))
 
     def gradient(self, features: Tensor, target: Tensor) -> Tensor:
         """Gradient of the target logit at the first block's output.
@@ -223,7 +224,11 @@ def through_relu(gradient: Tensor, outputs: Tensor, guided: bool = False) -> Ten
 
 
 def in_slabs(
-    work: Callable[[slice], tuple[Tensor, ...]], grid: torch.Size, window: int, filters: int
+    work: Callable[[slice], tuple[Tensor, ...]],
+    grid: torch.Size,
+    window: int,
+    filters: int,
+    device: torch.device,
 ) -> tuple[Tensor, ...]:
     """Pool slab by slab, so that what is pooled never exists whole.
 
@@ -233,21 +238,19 @@ def in_slabs(
         grid: (X, Y, Z) before the pool.
         window: edge of the pool's windows.
         filters: values at every voxel, B * n.
+        device: where they are.
 
     Returns:
         What `work` returns, of the whole grid.
     """
     plane, height = prod(grid[1:]), grid[0] // window
     results: list[Tensor] = []
-    for rows in slabs(height * window, window, filters * plane):
+    for rows in slabs(height * window, window, filters * plane, device):
         *values, winners = work(rows)
         parts = [*values, winners.add_(rows.start * plane)]
         if not results:
             shape = (*winners.shape[:2], height, *winners.shape[3:])
-            results = [
-                torch.empty(shape, dtype=part.dtype, device=part.device, memory_format=LAYOUT)
-                for part in parts
-            ]
+            results = [_empty(shape, part) for part in parts]
         for result, part in zip(results, parts, strict=True):
             result[:, :, rows.start // window : rows.stop // window] = part
     return tuple(results)
@@ -258,9 +261,9 @@ def with_halo(inputs: Tensor, rows: slice, weight: Tensor) -> Tensor:
     return inputs[:, :, rows.start : rows.stop + weight.shape[2] - 1]
 
 
-def slabs(rows: int, window: int, size: int) -> Iterator[slice]:
-    """The rows of each slab: whole windows, about SLAB values where a row has `size`."""
-    step = max(1, SLAB // (size * window)) * window
+def slabs(rows: int, window: int, size: int, device: torch.device) -> Iterator[slice]:
+    """The rows of each slab: whole windows, as many as suit a device where a row has `size` values."""
+    step = max(1, values_at_once(device, SLAB) // (size * window)) * window
     return (slice(begin, min(begin + step, rows)) for begin in range(0, rows, step))
 
 
@@ -281,7 +284,7 @@ def unpool_and_pull(values: Tensor, winners: Tensor, grid: torch.Size, weight: T
         return pull(unpool(values, winners, grid), weight)
     kernel, plane, rows = weight.shape[2], prod(grid[1:]), values.shape[2] * window
     result = values.new_zeros(len(values), 1, *(edge + kernel - 1 for edge in grid))
-    for slab in slabs(rows, window, len(values) * len(weight) * plane):
+    for slab in slabs(rows, window, len(values) * len(weight) * plane, values.device):
         part = slice(slab.start // window, slab.stop // window)
         shape = torch.Size((slab.stop - slab.start, *grid[1:]))
         full = unpool(values[:, :, part], winners[:, :, part] - slab.start * plane, shape)
@@ -292,23 +295,28 @@ def unpool_and_pull(values: Tensor, winners: Tensor, grid: torch.Size, weight: T
 def unpool(values: Tensor, winners: Tensor, grid: torch.Size) -> Tensor:
     """Put pooled values (B, n, x, y, z) back on their winners, zeros elsewhere: (B, n, X, Y, Z)."""
     shape = (*values.shape[:2], *grid)
-    full = torch.empty(shape, dtype=values.dtype, device=values.device, memory_format=LAYOUT).zero_()
+    full = _empty(shape, values).zero_()
     full.flatten(2).scatter_(2, winners.flatten(2), values.flatten(2))  # flatten(2) of `full` is a view
     return full
 
 
+def _empty(shape: tuple[int, ...], like: Tensor) -> Tensor:
+    """Memory for values (B, n, x, y, z), of the type, on the device and in the layout of others."""
+    return torch.empty(shape, dtype=like.dtype, device=like.device, memory_format=layout(like.device))
+
+
 def at_winners(values: Tensor, winners: Tensor) -> Tensor:
-    """The values (B, n, X, Y, Z) at the winners (B, n, x, y, z), channels last."""
+    """The values (B, n, X, Y, Z) at the winners (B, n, x, y, z)."""
     flat, where = values.flatten(2).transpose(1, 2), winners.flatten(2).transpose(1, 2)  # (B, V, n)
     return flat.gather(1, where).transpose(1, 2).unflatten(2, winners.shape[2:])
 
 
 def convolve(inputs: Tensor, weight: Tensor, padding: Sequence[int] = (0, 0, 0)) -> Tensor:
-    """Convolution (B, C, X, Y, Z) by (n, C, k, k, k), channels last.
+    """Convolution (B, C, X, Y, Z) by (n, C, k, k, k).
 
     On a CPU PyTorch takes a slower routine than oneDNN's where a float32 grid is small.
     """
-    inputs = channels_last(inputs)
+    inputs = in_layout(inputs)
     if inputs.device.type == "cpu" and inputs.dtype == torch.float32 and torch.backends.mkldnn.is_available():
         return torch.mkldnn_convolution(inputs, weight, None, padding, (1, 1, 1), (1, 1, 1), 1)
     return F.conv3d(inputs, weight, padding=padding)
@@ -317,10 +325,12 @@ def convolve(inputs: Tensor, weight: Tensor, padding: Sequence[int] = (0, 0, 0))
 def pull(gradient: Tensor, weight: Tensor) -> Tensor:
     """Transposed convolution: (B, n, X', Y', Z') by (n, C, k, k, k) -> (B, C, X, Y, Z), X = X' + k - 1.
 
-    It is a convolution with the mirrored kernel. A single input channel (the scan) is a case that CPU
-    and GPU libraries handle badly. There, the taps along the first axis become k output channels,
-    which are then shifted and added.
+    It is a convolution with the mirrored kernel, and faster so on a CPU. A single input channel (the scan)
+    is a case that a CPU's library handles badly. There, the taps along the first axis become k output
+    channels, which are then shifted and added.
     """
+    if gradient.device.type == "cuda":
+        return F.conv_transpose3d(gradient, weight)
     kernel = weight.shape[2]
     if weight.shape[1] > 1:
         return convolve(gradient, weight.flip(2, 3, 4).transpose(0, 1), [kernel - 1] * 3)

@@ -10,8 +10,9 @@ import multiprocessing
 import os
 import shutil
 import signal
+from collections import deque
 from collections.abc import Callable, Hashable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from math import prod
 from pathlib import Path
 from typing import TextIO
@@ -23,13 +24,16 @@ from sklearn.model_selection import StratifiedKFold, train_test_split
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Subset
 
+import devices
+import memory
 import nifti
 import storage
 import utils
 from nifti import Grid
 
 COLUMNS = ["path", "label", "subject"]
-CACHES = ("auto", "ram", "disk", "none")
+CACHES = ("auto", "gpu", "ram", "disk", "none")
+CPU = torch.device("cpu")
 SCALING = "min-max, float32"
 WORKERS = 2  # threads that look at voxels where nothing is to be kept
 SAMPLE = 2**12  # bytes
@@ -224,7 +228,7 @@ class Scans(Dataset):
     out as it lies there, not as a copy.
     """
 
-    def __init__(self, table: pd.DataFrame, cached: np.ndarray | None = None) -> None:
+    def __init__(self, table: pd.DataFrame, cached: np.ndarray | Tensor | None = None) -> None:
         self.files = list(table["file"])
         self.labels = [int(label) for label in table["label"]]
         self.cached = cached
@@ -233,6 +237,11 @@ class Scans(Dataset):
     def in_memory(self) -> bool:
         """Whether a scan can be had without decoding or reading from disk."""
         return self.cached is not None and not isinstance(self.cached, np.memmap)
+
+    @property
+    def on_gpu(self) -> bool:
+        """Whether the scans are kept in a GPU's memory."""
+        return isinstance(self.cached, Tensor)
 
     def mean(self, rows: Sequence[int]) -> np.ndarray:
         """Mean of some scans, float32 (X, Y, Z), read one at a time."""
@@ -262,58 +271,127 @@ class Scans(Dataset):
         else:
             with utils.naming(self.files[i]):
                 volume = read_scan(self.files[i])
-        return torch.from_numpy(volume).unsqueeze(0), self.labels[i]
+        return torch.as_tensor(volume).unsqueeze(0), self.labels[i]
 
 
-def open_scans(table: pd.DataFrame, grid: Grid, cache: str, folder: Path, workers: int) -> Scans:
+def open_scans(
+    table: pd.DataFrame,
+    grid: Grid,
+    cache: str,
+    folder: Path,
+    workers: int,
+    device: torch.device = CPU,
+    shared: bool = False,
+) -> Scans:
     """Decode and check every scan once, and keep what `cache` says.
 
     Args:
         table: from `read_csv`.
         grid: from `check_grid`.
-        cache: "ram"; "disk", one memory-mapped file in `folder`, reused as long as no scan changes;
-            "none", decode again at every use; "auto", the first of these that takes at most half of
-            the free memory or disk; "reuse", a disk cache that is there, else none.
+        cache: "gpu", in the memory of `device`; "ram"; "disk", one memory-mapped file in `folder`, reused as
+            long as no scan changes; "none", decode again at every use; "auto", as `choose_cache` says;
+            "reuse", a disk cache that is there, else none.
         folder: where a disk cache lies.
         workers: threads that decode.
+        device: what the scans are read for.
+        shared: other processes may read the same scans at the same time.
 
     Raises:
-        utils.InputError: naming every scan that cannot be used.
+        utils.InputError: naming every scan that cannot be used; or `device` has no room of its own for them.
     """
     size = 4 * len(table) * prod(grid.shape)
+    if cache == "gpu":
+        check_gpu_cache(size, device)
     stored = folder / f"scans-{_cache_key(table, grid)}.float32"
     shape = (len(table), *grid.shape)
+    if cache == "auto" and fits_on_gpu(size, device):
+        cache = "gpu"
     if cache in ("auto", "disk", "reuse") and _is_whole(stored, size):
         print(f"scans: {len(table)}, read from {stored}")
         return Scans(table, np.memmap(stored, np.float32, "c", shape=shape))
     if cache == "auto":
-        cache = choose_cache(size, folder)
-    where = {"ram": "in memory", "disk": f"in {stored}"}.get(cache, "not cached")
+        cache = choose_cache(size, folder, shared)
+    places = {"gpu": f"in the memory of {device}", "ram": "in memory", "disk": f"in {stored}"}
+    where = places.get(cache, "not cached")
     print(f"scans: {len(table)} of {'x'.join(map(str, grid.shape))} voxels, {size / 1e9:.2f} GB, {where}")
     if cache == "disk":
         _fill_disk(table, stored, size, workers)
         return Scans(table, np.memmap(stored, np.float32, "c", shape=shape))
-    store = np.empty(shape, np.float32) if cache == "ram" else None
-    keep = (lambda row, volume: None) if store is None else store.__setitem__
+    kept = None
+    if cache in ("gpu", "ram"):
+        kept = torch.empty(shape, device=device if cache == "gpu" else CPU)
+
+    def keep(row: int, volume: np.ndarray) -> None:
+        if kept is not None:
+            kept[row] = torch.from_numpy(volume)
+
     _report(_decode(table["file"], keep, workers), table)
-    return Scans(table, store)
+    return Scans(table, kept.numpy() if kept is not None and cache == "ram" else kept)
 
 
-def loader(scans: Scans, rows: list[int], batch: int, workers: int, seed: int | None = None) -> DataLoader:
-    """Batches of some scans: shuffled where there is a seed, else in the order of `rows`.
+class ReadAhead:
+    """Batches for a GPU, put together in pinned memory by threads while the GPU works; see `loader`.
 
-    `workers` processes read ahead, and what goes to a GPU waits in pinned memory, so that it can be copied
-    while the GPU is busy. Scans kept in memory are at hand; a process between would copy them once more.
+    Threads, since a process would copy every scan twice more. The order is that of a DataLoader of the
+    same generator.
     """
-    return DataLoader(
-        Subset(scans, rows),
+
+    def __init__(self, order: DataLoader, dataset: Subset, workers: int, pinned: bool) -> None:
+        self.order, self.dataset, self.workers, self.pinned = order, dataset, max(workers, 1), pinned
+
+    @property
+    def generator(self) -> torch.Generator | None:
+        """What shuffles."""
+        return self.order.generator
+
+    def __len__(self) -> int:
+        return len(self.order)
+
+    def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
+        coming: deque[Future] = deque()
+        with ThreadPoolExecutor(self.workers) as pool:
+            for numbers in self.order:
+                coming.append(pool.submit(self._gather, numbers.tolist()))
+                if len(coming) > self.workers:
+                    yield coming.popleft().result()
+            while coming:
+                yield coming.popleft().result()
+
+    def _gather(self, numbers: list[int]) -> tuple[Tensor, Tensor]:
+        """One batch: volumes (B, 1, X, Y, Z) and labels (B,)."""
+        volumes, labels = zip(*(self.dataset[number] for number in numbers), strict=True)
+        batch = torch.empty((len(volumes), *volumes[0].shape), pin_memory=self.pinned)
+        return torch.stack(volumes, out=batch), torch.tensor(labels)
+
+
+Loader = DataLoader | ReadAhead
+
+
+def loader(
+    scans: Scans,
+    rows: list[int],
+    batch: int,
+    workers: int,
+    seed: int | None = None,
+    device: torch.device = CPU,
+) -> Loader:
+    """Batches of some scans for a device: shuffled where there is a seed, else in the order of `rows`.
+
+    For a CPU `workers` processes read ahead, but not where scans are kept in memory: they are at hand, and a
+    process between would copy them once more. For a GPU of CUDA threads do (`ReadAhead`), but not where the
+    scans are kept there.
+    """
+    chosen = Subset(scans, rows)
+    ahead = device.type == "cuda" and not scans.on_gpu
+    order = DataLoader(
+        range(len(rows)) if ahead else chosen,  # type: ignore[arg-type]
         batch,
         shuffle=seed is not None,
         generator=None if seed is None else torch.Generator().manual_seed(seed),
-        num_workers=0 if scans.in_memory else workers,
+        num_workers=0 if ahead or scans.in_memory else workers,
         worker_init_fn=_ignore_signals,
-        pin_memory=torch.cuda.is_available(),
     )
+    return ReadAhead(order, chosen, workers, pinned=True) if ahead else order
 
 
 def _ignore_signals(_: int) -> None:
@@ -393,24 +471,29 @@ def _cache_key(table: pd.DataFrame, grid: Grid) -> str:
     return digest.hexdigest()[:16]
 
 
-def choose_cache(size: int, folder: Path) -> str:
-    """The first of ram and disk that `size` bytes fill at most half of; "none" where neither does."""
+def fits_on_gpu(size: int, device: torch.device) -> bool:
+    """Whether `size` bytes take at most half of a CUDA device's free memory; the rest is the network's."""
+    return device.type == "cuda" and size <= devices.free_memory(device) / 2
+
+
+def check_gpu_cache(size: int, device: torch.device) -> None:
+    """Raise InputError where `size` bytes of scans cannot be kept in a device's own memory."""
+    if device.type != "cuda":
+        raise utils.InputError(f"--cache gpu: the device is {device}, expected a GPU of CUDA")
+    if size > devices.free_memory(device):
+        free = f"{device} has {devices.free_memory(device) / 1e9:.1f} GB free"
+        raise utils.InputError(f"--cache gpu: the scans take {size / 1e9:.1f} GB, {free}")
+
+
+def choose_cache(size: int, folder: Path, shared: bool = False) -> str:
+    """The first of ram and disk that `size` bytes fill at most half of; "none" where neither does.
+
+    Where the scans are shared with other processes disk comes first: they read the same file.
+    """
     existing = next(parent for parent in (folder, *folder.absolute().parents) if parent.exists())
-    if size <= available_memory() / 2:
-        return "ram"
-    return "disk" if size <= shutil.disk_usage(existing).free / 2 else "none"
-
-
-def available_memory() -> int:
-    """Bytes of memory that this process may still take: what is free, within its control group."""
-    meminfo, limit = Path("/proc/meminfo"), Path("/sys/fs/cgroup/memory.max")
-    if not meminfo.exists():  # not Linux
-        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 2
-    fields = dict(line.split(":") for line in meminfo.read_text().splitlines())
-    free = int(fields["MemAvailable"].split()[0]) * 1024
-    if limit.exists() and limit.read_text().strip() != "max":
-        free = min(free, int(limit.read_text()) - int(Path("/sys/fs/cgroup/memory.current").read_text()))
-    return free
+    room = {"ram": memory.available(), "disk": shutil.disk_usage(existing).free}
+    order = ("disk", "ram") if shared else ("ram", "disk")
+    return next((cache for cache in order if size <= room[cache] / 2), "none")
 
 
 # Folds -------------------------------------------------------------------------------------------

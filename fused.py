@@ -1,4 +1,4 @@
-"""The layers that make a training step slow, done differently: same numbers, up to rounding.
+"""The layers that make a training step slow on a CPU, done differently: same numbers, up to rounding.
 
 BatchNorm, ReLU and max pooling are one function that works on the pooled grid (`norm_relu_pool`).
 
@@ -32,10 +32,10 @@ def norm_relu_pool(values: Tensor, norm: nn.BatchNorm3d, pool: nn.MaxPool3d) -> 
         (B, n, x, y, z), like `values`.
     """
     mean, variance = statistics(values.detach())
-    count, share = values.numel() // values.shape[1], cast(float, norm.momentum)
+    count, batches = values.numel() // values.shape[1], cast(Tensor, norm.num_batches_tracked).add_(1)
+    share = 1 / float(batches) if norm.momentum is None else norm.momentum  # None: the mean over all batches
     cast(Tensor, norm.running_mean).lerp_(mean, share)
     cast(Tensor, norm.running_var).lerp_(variance * (count / (count - 1)), share)
-    cast(Tensor, norm.num_batches_tracked).add_(1)
     precision = torch.rsqrt(variance + norm.eps)
     return _NormReluPool.apply(values, norm.weight, norm.bias, mean, precision, cast(int, pool.kernel_size))
 
@@ -43,11 +43,9 @@ def norm_relu_pool(values: Tensor, norm: nn.BatchNorm3d, pool: nn.MaxPool3d) -> 
 def statistics(values: Tensor) -> tuple[Tensor, Tensor]:
     """Mean and variance (not corrected) of every channel of (B, n, X, Y, Z), two (n,).
 
-    On a CPU PyTorch adds up channels-last values one after the other, which costs digits where a channel
+    PyTorch adds up channels-last values one after the other, which costs digits where a channel
     has millions of voxels. Slabs are short enough; their moments are put together in float64.
     """
-    if values.device.type != "cpu":
-        return torch.batch_norm_update_stats(values, None, None, 0.0)
     dtype = torch.float64 if values.dtype == torch.float64 else torch.float32
     moments, counts = [], []
     for scan in values.split(1):
@@ -96,7 +94,7 @@ class _NormReluPool(torch.autograd.Function):
         offset = -scale * to_bias / count - slope * mean
         won = affine(pooled, slope, offset) + affine(gradient, scale, torch.zeros_like(scale))
         # in place, for the values have served their turn; autograd refuses a second pass over them
-        full = affine(values, slope, offset, in_place=values.device.type == "cpu")
+        full = affine(values, slope, offset, in_place=True)
         # numbers of 16 bits are put in place as integers: PyTorch would copy the whole grid otherwise
         bits = torch.int16 if values.element_size() == 2 else values.dtype
         full.view(bits).flatten(2).scatter_(2, winners.flatten(2), won.view(bits).flatten(2))

@@ -20,15 +20,18 @@ import numpy as np
 import pandas as pd
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader
+from torch.optim.swa_utils import update_bn
 
 import dataset
+import devices
 import figures
 import models
 import nifti
 import runs
+import selfcheck
 import storage
 import utils
+from dataset import Loader
 from ggc import guided_gradcam
 from ig import integrated_gradients
 from lrp import lrp
@@ -43,10 +46,13 @@ TARGETS = ("label", "predicted", "0", "1")
 BASELINES = ("zero", "controls")
 WEIGHTS = ("trained", "random")
 WORKERS = 2  # processes or threads that decode scans
+CALIBRATION = 32  # training scans at most that give an untrained network's BatchNorm its statistics
 STEM = 150  # characters of a scan's own name in its map's: with all that is added, a name has at most 255
 MEANS = ["map_all.nii.gz", "map_all.png", "mean_scan.nii.gz"]  # of all folds
-WRITTEN = ["map.json", "map_f*.nii.gz", "baseline_f*.nii.gz", "subjects.csv", "subjects/f*.nii.gz", *MEANS]
-SUBJECT_COLUMNS = ["fold", *dataset.COLUMNS, "predicted", "target", "prob_target", "sum", "residual"]
+PER_FOLD = ["map_f{}.nii.gz", "baseline_f{}.nii.gz", "subjects/f{}_*.nii.gz"]
+WRITTEN = ["map.json", "subjects.csv", *(name.format("*") for name in PER_FOLD), *MEANS]
+SUBJECT_COLUMNS = ["fold", *dataset.COLUMNS, "predicted", "target", "prob_target", "sum", "residual", "zero"]
+MADE = ("weights_sha256", "scans_per_fold", "zero_maps_per_fold")  # what map.json says of each finished fold
 
 
 def get_parser() -> argparse.ArgumentParser:
@@ -81,7 +87,7 @@ def get_parser() -> argparse.ArgumentParser:
         help="LRP: weight of inhibiting contributions",
     )
     add("--save-subjects", action="store_true", help="also write the map of every scan")
-    add("--overwrite", action="store_true", help="remove earlier maps of this method first")
+    add("--overwrite", action="store_true", help="remove earlier maps of this method, or --run-folds, first")
     return parser
 
 
@@ -98,21 +104,46 @@ def check_weights(run: Run, modelpath: Path, folds: list[int], weights: str) -> 
 def digests(run: Run, modelpath: Path, weights: str, seed: int) -> dict[int, str]:
     """What tells the weights of every fold from others; folds without any are left out."""
     if weights == "random":
-        return dict.fromkeys(range(run.k), f"random, seed {seed}")
+        counts = {fold: len(calibration_rows(run, fold)) for fold in range(run.k)}
+        return {fold: f"random, seed {seed}, BatchNorm of {n} training scans" for fold, n in counts.items()}
     paths = {fold: run.checkpoint(modelpath, fold) for fold in range(run.k)}
     return {fold: storage.sha256(path) for fold, path in paths.items() if path.exists()}
 
 
 def load_fold(
-    run: Run, modelpath: Path, fold: int, weights: str, seed: int, device: torch.device
+    run: Run,
+    modelpath: Path,
+    scans: dataset.Scans,
+    fold: int,
+    weights: str,
+    seed: int,
+    device: torch.device,
 ) -> models.CNN3d:
     """The network of a fold: trained, or as it was before any training, on a seed of the fold's own."""
     if weights == "random":
-        utils.seed_everything(utils.fold_seed(seed, fold))
+        return untrained(run, scans, fold, seed, device)
     model = models.build_model(run.model, run.grid.shape)
-    if weights == "random":
-        return model.to(device).eval()
     return models.load_weights(model, run.checkpoint(modelpath, fold), device)
+
+
+def untrained(run: Run, scans: dataset.Scans, fold: int, seed: int, device: torch.device) -> models.CNN3d:
+    """A network as it was before any training, but for the running statistics of its BatchNorm.
+
+    As they are set up (mean 0, variance 1) they shrink what differs between scans from block to block, until
+    the network is nearly a constant function, and its maps are no floor for others. So they are estimated, as
+    the mean over some training scans, whose labels are not looked at.
+    """
+    utils.seed_everything(utils.fold_seed(seed, fold))
+    model = models.build_model(run.model, run.grid.shape).to(device)
+    update_bn(dataset.loader(scans, calibration_rows(run, fold), 1, WORKERS, device=device), model, device)
+    return model.eval()
+
+
+def calibration_rows(run: Run, fold: int) -> list[int]:
+    """The training scans of a fold that statistics are estimated on: at most 32, evenly spaced in the CSV."""
+    train = dataset.rows(run.folds, fold, "train")
+    count = min(len(train), CALIBRATION)
+    return [train[number * len(train) // count] for number in range(count)]
 
 
 # One fold ----------------------------------------------------------------------------------------
@@ -142,7 +173,7 @@ def map_fold(
             nifti.save_map(values, run.grid.header, file)
 
     explain, expected = configure(method, model, run.grid, options, baseline)
-    loader = dataset.loader(scans, rows, batch, WORKERS)
+    loader = dataset.loader(scans, rows, batch, WORKERS, device=next(model.parameters()).device)
     mean, about = explain_fold(
         model, loader, explain, expected, options["target"], keep, f"{method} fold {fold}"
     )
@@ -197,7 +228,7 @@ def choose_target(rule: str, label: Tensor, logits: Tensor) -> Tensor:
 
 def explain_fold(
     model: models.CNN3d,
-    loader: DataLoader,
+    loader: Loader,
     explain: Callable[..., Tensor],
     expected: Callable[[Tensor, Tensor], Tensor] | None,
     target_rule: str,
@@ -239,13 +270,13 @@ def describe(
     maps: Tensor, logits: Tensor, target: Tensor, expected: Callable[[Tensor, Tensor], Tensor] | None
 ) -> pd.DataFrame:
     """What subjects.csv says of each map; the residual is relative, and NaN without an expectation."""
+    wanted = None if expected is None else expected(logits, target).cpu().double()
+    maps, logits, target = maps.cpu(), logits.cpu(), target.cpu()  # before float64, which MPS does not have
     sums = maps.double().sum((1, 2, 3, 4))
-    residual = torch.full_like(sums, torch.nan)
-    if expected is not None:
-        wanted = expected(logits, target).double()
-        residual = (sums - wanted).abs() / wanted.abs()
-    columns = [logits.argmax(1), target, _pick(logits.double().softmax(1), target), sums, residual]
-    return pd.DataFrame({n: c.cpu().numpy() for n, c in zip(SUBJECT_COLUMNS[-5:], columns, strict=True)})
+    residual = torch.full_like(sums, torch.nan) if wanted is None else (sums - wanted).abs() / wanted.abs()
+    zero = (maps == 0).flatten(1).all(1).long()
+    columns = [logits.argmax(1), target, _pick(logits.double().softmax(1), target), sums, residual, zero]
+    return pd.DataFrame({n: c.numpy() for n, c in zip(SUBJECT_COLUMNS[-6:], columns, strict=True)})
 
 
 def subject_file(folder: Path, fold: int, row: int, path: str) -> Path:
@@ -291,7 +322,12 @@ def read_subjects(folder: Path) -> pd.DataFrame:
         return pd.DataFrame(columns=SUBJECT_COLUMNS)
     with utils.naming(file):
         rows = dataset.read_rows(file)
-        if next(rows, None) != SUBJECT_COLUMNS:
+        header = next(rows, None)
+        if header == SUBJECT_COLUMNS[:-1]:
+            raise utils.InputError(
+                "is of an earlier version, without the column zero; --overwrite starts again"
+            )
+        if header != SUBJECT_COLUMNS:
             raise utils.InputError(f"is damaged: expected the columns {', '.join(SUBJECT_COLUMNS)}")
         try:
             return pd.DataFrame([_subject(row) for row in rows], columns=SUBJECT_COLUMNS)
@@ -301,28 +337,39 @@ def read_subjects(folder: Path) -> pd.DataFrame:
 
 def _subject(row: list[str]) -> list[Any]:
     """One row of subjects.csv; ValueError where a cell is not what its column holds."""
-    fold, path, label, subject, predicted, target, *numbers = row
+    fold, path, label, subject, predicted, target, *numbers, zero = row
     prob_target, total, residual = (float(number or "nan") for number in numbers)
-    return [int(fold), path, int(label), subject, int(predicted), int(target), prob_target, total, residual]
+    known = [int(fold), path, int(label), subject, int(predicted), int(target)]
+    return [*known, prob_target, total, residual, int(zero)]
 
 
 def save_rows(folder: Path, fold: int, rows: pd.DataFrame, digest: str) -> None:
     """Enter a fold into subjects.csv, then into map.json, which says that it is finished."""
+    made = dict(zip(MADE, (digest, len(rows), int(rows["zero"].sum())), strict=True))
     with storage.locked(folder / storage.LOCK):
         others = read_subjects(folder)
         tables = [part for part in (others[others["fold"] != fold], rows) if len(part)]
         storage.write_csv(pd.concat(tables).sort_values("fold", kind="stable"), folder / "subjects.csv")
         record = storage.read_json(folder / "map.json")
-        record["weights_sha256"][str(fold)] = digest
+        for name, value in made.items():
+            record[name] = storage.recorded({name: {}} | record, name, dict) | {str(fold): value}
         storage.write_json(record, folder / "map.json")
 
 
-def start_maps(folder: Path, identity: dict[str, Any], about: dict[str, Any], overwrite: bool) -> None:
+def start_maps(
+    folder: Path,
+    identity: dict[str, Any],
+    about: dict[str, Any],
+    overwrite: Callable[[], list[str]],
+    device: torch.device,
+) -> None:
     """Write map.json, with no fold finished where it is not there yet."""
-    fresh = {"versions": storage.versions(), "weights_sha256": {}}
+    fresh: dict[str, Any] = {name: {} for name in MADE}
     with storage.locked(folder / storage.LOCK):
-        found = storage.start_folder(folder, "map.json", identity, WRITTEN, overwrite)
-        storage.write_json(identity | fresh | found | about, folder / "map.json")
+        found = storage.start_folder(folder, "map.json", identity, WRITTEN, overwrite())
+        with utils.naming(folder / "map.json"):
+            made_with = storage.made_with(found, devices.describe(device))
+        storage.write_json(identity | fresh | found | made_with | about, folder / "map.json")
         if identity["options"]["save_subjects"]:
             storage.make_folder(folder / "subjects")
 
@@ -331,7 +378,9 @@ def begin_fold(folder: Path, fold: int) -> None:
     """Strike a fold off map.json, and all that was made of it, before its map is made anew."""
     with storage.locked(folder / storage.LOCK):
         record = storage.read_json(folder / "map.json")
-        record["weights_sha256"].pop(str(fold), None)
+        for name in MADE:
+            with utils.naming(folder / "map.json"):
+                storage.recorded({name: {}} | record, name, dict).pop(str(fold), None)
         storage.write_json(record, folder / "map.json")
         storage.remove(folder, MEANS)
 
@@ -349,14 +398,21 @@ def finished_folds(folder: Path, weights: dict[int, str]) -> list[int]:
     ]
 
 
+def overwritten(folder: Path, overwrite: bool, run_folds: list[int] | None) -> list[str]:
+    """The patterns of what --overwrite removes: everything, or what belongs to --run-folds."""
+    if not overwrite:
+        return []
+    return storage.overwritten(folder, WRITTEN, PER_FOLD, MEANS, run_folds) if run_folds else WRITTEN
+
+
 def summary(subjects: pd.DataFrame) -> str:
-    """How well the maps' sums keep their promise, as one line."""
-    residual = subjects["residual"].dropna()
-    if residual.empty:
-        return f"{len(subjects)} scans explained"
+    """How well the maps' sums keep their promise, and how many maps are all zero, as two lines."""
+    residual, zero = subjects["residual"].dropna(), subjects.groupby("fold")["zero"]
+    kept = f"median {residual.median():.2g}, worst {residual.max():.2g}"
+    per_fold = ", ".join(f"{n} of {scans}" for n, scans in zip(zero.sum(), zero.size(), strict=True))
     return (
-        f"{len(subjects)} scans explained; residual of the maps' sums: "
-        f"median {residual.median():.2g}, worst {residual.max():.2g}"
+        f"{len(subjects)} scans explained{'' if residual.empty else f'; residual of the sums: {kept}'}\n"
+        f"maps that are zero everywhere, fold by fold: {per_fold}"
     )
 
 
@@ -365,11 +421,12 @@ def main(argv: list[str] | None = None) -> int:
     """Check everything, explain the folds, average them."""
     args = get_parser().parse_args(argv)
     utils.hold_memory()
-    device = utils.resolve_device(args.device)
+    device = selfcheck.open_device(args.device)
     options = method_options(args.method, vars(args))
     run = runs.find_run(args.modelpath, args.path, args.model, args.fold)
     chosen = utils.choose_folds(args.run_folds, run.k)
     check_weights(run, args.modelpath, chosen, args.weights)
+    devices.check_batch(args.batch, models.largest_output(run.model, run.grid.shape), device)
     for fold in chosen if args.baseline == "controls" else []:
         training_controls(run, fold)
     weights = digests(run, args.modelpath, args.weights, args.seed)
@@ -379,19 +436,20 @@ def main(argv: list[str] | None = None) -> int:
     identity |= {"csv_sha256": storage.sha256(run.csv), "scans_sha256": dataset.scans_digest(run.table)}
     identity |= {"folds_sha256": dataset.folds_digest(run.folds), "grid": run.grid.record()}
     about = {"csv": str(run.csv), "modelpath": str(args.modelpath.resolve())}
-    storage.check_folder(folder, "map.json", identity, WRITTEN, args.overwrite)
+    overwrite = partial(overwritten, folder, args.overwrite, args.run_folds)
+    storage.check_folder(folder, "map.json", identity, WRITTEN, overwrite())
     scans = dataset.open_scans(run.table, run.grid, "reuse", args.modelpath / "cache", WORKERS)
 
     work = f"--batch {args.batch} of {'x'.join(map(str, run.grid.shape))} voxels, {run.model}, on {device}"
     memory = utils.enough(work, "lower --batch")
     with storage.claimed(folder, [f"fold {fold}" for fold in chosen]), memory:
-        start_maps(folder, identity, about, args.overwrite)
+        start_maps(folder, identity, about, overwrite, device)
         for fold in chosen:
             if fold in finished_folds(folder, weights):
                 print(f"fold {fold}: explained before, kept")
                 continue
             begin_fold(folder, fold)
-            model = load_fold(run, args.modelpath, fold, args.weights, args.seed, device)
+            model = load_fold(run, args.modelpath, scans, fold, args.weights, args.seed, device)
             if digests(run, args.modelpath, args.weights, args.seed)[fold] != weights[fold]:
                 raise utils.InputError(f"{args.modelpath}: the weights of fold {fold} changed meanwhile")
             rows = map_fold(model, run, scans, fold, args.method, options, args.batch, folder)

@@ -7,9 +7,10 @@ from torch import Tensor
 
 import utils
 from blocks import Network, check_arguments, in_slabs, pull, support, through_relu, unpool_and_pull
+from devices import values_at_once
 from models import CNN3d, frozen
 
-CHUNK = 2**24  # values of the first block's output worked on at once, 64 MiB in float32
+CHUNK = 2**24  # values of the first block's output worked on at once on a CPU, 64 MiB in float32
 
 
 def integrated_gradients(
@@ -96,7 +97,7 @@ def _from_baseline(
 
     for some in _chunks(alphas, slope):
         pooled, winners = in_slabs(
-            pool, slope.shape[2:], block.window, len(some) * total.shape[0] * total.shape[1]
+            pool, slope.shape[2:], block.window, len(some) * total.shape[0] * total.shape[1], total.device
         )
         gradient = _pooled_gradient(network, block.activate(pooled), target)
         for part, where in zip(gradient.split(len(target)), winners.split(len(target)), strict=True):
@@ -112,6 +113,6 @@ def _pooled_gradient(network: Network, features: Tensor, target: Tensor) -> Tens
 
 def _chunks(alphas: Tensor, values: Tensor) -> Iterable[Tensor]:
     """Steps to take at once, (S, 1, 1, 1, 1): those of one small scan keep the processor busier together."""
-    size = max(1, CHUNK // values.numel()) if len(values) == 1 else 1
+    size = max(1, values_at_once(values.device, CHUNK) // values.numel()) if len(values) == 1 else 1
     parts = [alphas[i : i + size].view(-1, 1, 1, 1, 1) for i in range(0, len(alphas), size)]
     return utils.progress(parts, desc="IG steps", leave=False)

@@ -16,7 +16,7 @@ from blocks import (
     unpool_and_pull,
     with_halo,
 )
-from models import CLASSES, LAYOUT, BlockLayers, CNN3d, frozen
+from models import CLASSES, BlockLayers, CNN3d, frozen, in_layout
 
 
 def lrp(model: CNN3d, volume: Tensor, target: Tensor, beta: float = 0.5, epsilon: float = 1e-6) -> Tensor:
@@ -55,7 +55,7 @@ def lrp(model: CNN3d, volume: Tensor, target: Tensor, beta: float = 0.5, epsilon
         relevance = logits * F.one_hot(target, CLASSES)  # (B, 2)
         for rule in reversed(linear):
             relevance = rule.backward(relevance)
-        relevance = relevance.view(values.shape).contiguous(memory_format=LAYOUT)
+        relevance = in_layout(relevance.view(values.shape))
         for block, margin in zip(reversed(rules), reversed(network.margins), strict=True):
             relevance = block.backward(margin.crop(relevance))
         result = torch.zeros_like(volume)
@@ -118,7 +118,7 @@ class BlockRule(BetaRule):
     def forward(self) -> Tensor:
         """The block's output (B, n, x, y, z); both parts of the winners are kept."""
         filters = len(self.inputs) * len(self.weight)
-        results = in_slabs(self._forward, self.grid, self.window, filters)
+        results = in_slabs(self._forward, self.grid, self.window, filters, self.inputs.device)
         self.exciting, self.inhibiting, outputs, self.winners = results
         return outputs
 

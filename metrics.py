@@ -57,8 +57,8 @@ def metrics_table(predictions: pd.DataFrame, seed: int) -> pd.DataFrame:
         seed: of the draws.
 
     Returns:
-        One row per fold and one `pooled`; columns fold, n, SCORES, tp, tn, fp, fn, and *_low, *_high,
-        which only the pooled row fills.
+        One row per fold and one `pooled`; columns fold, n (scans), SCORES, tp, tn, fp, fn, and *_low,
+        *_high, which only the pooled row fills, and subjects, how many people the scans are of.
     """
     rows = [{"fold": fold} | scores(*_columns(part)) for fold, part in predictions.groupby("fold", sort=True)]
     columns = _columns(predictions)
@@ -72,7 +72,8 @@ def metrics_table(predictions: pd.DataFrame, seed: int) -> pd.DataFrame:
     for score in SCORES:
         values = [draw[score] for draw in drawn if np.isfinite(draw[score])] or [np.nan]
         pooled[f"{score}_low"], pooled[f"{score}_high"] = np.percentile(values, [2.5, 97.5])
-    return pd.DataFrame([*rows, pooled])
+    people = predictions.groupby("fold", sort=True)["subject"].nunique().tolist()
+    return pd.DataFrame([*rows, pooled]).assign(subjects=[*people, len(subjects)])
 
 
 def summary(metrics: pd.DataFrame) -> str:
@@ -82,7 +83,8 @@ def summary(metrics: pd.DataFrame) -> str:
         f"{s.replace('_', ' ')} {pooled[s]:.3f} [{pooled[s + '_low']:.3f}, {pooled[s + '_high']:.3f}]"
         for s in SCORES
     ]
-    return f"test subjects of all folds (n = {pooled['n']:.0f}): " + ", ".join(parts)
+    counts = f"{pooled['n']:.0f} scans of {pooled['subjects']:.0f} subjects"
+    return f"tests of all folds ({counts}): " + ", ".join(parts)
 
 
 def _columns(predictions: pd.DataFrame) -> tuple[np.ndarray, np.ndarray, np.ndarray]:

@@ -36,7 +36,6 @@ FAMILIES: dict[str, tuple[tuple[int, int], ...]] = {
 PUBLISHED = tuple(f"model{family}{width}" for family in FAMILIES for width in range(24, 53, 4))
 PUBLISHED_GRID = (193, 229, 193)
 HIDDEN, CLASSES = 64, 2
-LAYOUT = torch.channels_last_3d  # the channels of a voxel side by side: the faster one for convolutions
 
 # what torch.load raises on files that torch.save did not write, or that hold more than tensors
 UNREADABLE = (
@@ -71,14 +70,15 @@ class CNN3d(nn.Module):
 
     def forward(self, volume: Tensor) -> Tensor:
         """Map scans (B, 1, X, Y, Z) in [0, 1] to logits (B, 2): control, Alzheimer's disease."""
+        if volume.device.type != "cpu":
+            return self.classifier(self.features(in_layout(volume)).flatten(1))
         if not self.training:
             return self.classifier(self.features(volume).flatten(1))
-        values = channels_last(volume)
+        values = in_layout(volume)
         for conv, norm, relu, pool in self.blocks():
-            stacks = values.shape[1] == 1 and values.device.type == "cpu" and torch.is_autocast_enabled("cpu")
+            stacks = values.shape[1] == 1 and torch.is_autocast_enabled("cpu")
             values = stacked_convolution(values, conv) if stacks else conv(values)
-            fits = norm.training and values.device.type in ("cpu", "cuda")  # MPS lacks the statistics
-            values = norm_relu_pool(values, norm, pool) if fits else pool(relu(norm(values)))
+            values = norm_relu_pool(values, norm, pool) if norm.training else pool(relu(norm(values)))
         return self.classifier(values.flatten(1))
 
     def blocks(self) -> list["BlockLayers"]:
@@ -120,6 +120,13 @@ def output_edge(family: str, edge: int) -> int:
     for kernel, pool in FAMILIES[family]:
         edge = (edge - kernel + 1) // pool
     return edge
+
+
+def largest_output(name: str, input_shape: tuple[int, int, int]) -> int:
+    """Values of the largest layer's output for one scan: those of the first convolution."""
+    family, width = parse_name(name)
+    kernel, _ = FAMILIES[family][0]
+    return width * prod(edge - kernel + 1 for edge in input_shape)
 
 
 def smallest_edge(family: str) -> int:
@@ -251,15 +258,24 @@ def _check_tensor(key: str, found: Any, wanted: Tensor) -> None:
         raise utils.InputError(f"{key} has negative variances")
 
 
-def channels_last(values: Tensor) -> Tensor:
-    """The same values, channels last.
+def layout(device: torch.device) -> torch.memory_format:
+    """How values lie in memory: on CUDA as PyTorch has them, so that cuDNN chooses; else channels last.
+
+    Channels last are the faster ones for a CPU's convolutions, and the ones that are right on MPS.
+    """
+    return torch.contiguous_format if device.type == "cuda" else torch.channels_last_3d
+
+
+def in_layout(values: Tensor) -> Tensor:
+    """The same values (B, C, X, Y, Z) in the layout of their device.
 
     The strides of a single channel fit either layout; PyTorch reads them as channels first unless they
     are spelled out.
     """
-    if values.shape[1] == 1:
+    wanted = layout(values.device)
+    if wanted == torch.channels_last_3d and values.shape[1] == 1:
         values = values.squeeze(1).unsqueeze(-1).movedim(-1, 1)
-    return values.contiguous(memory_format=LAYOUT)
+    return values.contiguous(memory_format=wanted)
 
 
 @contextlib.contextmanager

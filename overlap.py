@@ -124,6 +124,21 @@ def _highest(method: Path) -> int:
     return max((int(match[1]) for match in found if match), default=-1)
 
 
+def zero_share(method: Path) -> float:
+    """The share of a METHOD's single maps that are zero everywhere, as its map.json says; NaN if it does not."""
+    file = method / "map.json"
+    record = storage.read_json(file) if file.exists() else {}
+    with utils.naming(file):
+        zero, scans = (_total(record, name) for name in ("zero_maps_per_fold", "scans_per_fold"))
+    return zero / scans if scans else math.nan
+
+
+def _total(record: dict[str, Any], name: str) -> int:
+    """The sum of a record's counts per fold, which may be missing."""
+    counts = storage.recorded({name: {}} | record, name, dict)
+    return sum(storage.recorded(counts, fold, int, lambda count: count >= 0) for fold in counts)
+
+
 def find_mean_scan(folder: Path, methods: list[str]) -> Path:
     """The mean scan of the first METHOD folder that has one."""
     places = [folder / method / "mean_scan.nii.gz" for method in methods]
@@ -240,6 +255,7 @@ def ranking_text(ranked: pd.DataFrame) -> str:
         "edges": ranked["edges_dice"],
         "minus untrained": interval("minus_untrained", "minus_untrained"),
         "than the next": ranked["than_the_next"],
+        "zero maps": ["" if math.isnan(share) else f"{share:.0%}" for share in ranked["zero_share"]],
     }
     return pd.DataFrame(columns).to_string(index=False, float_format="{:.3f}".format, na_rep="")
 
@@ -248,8 +264,11 @@ def finished(folder: Path, found: dict[str, Any]) -> bool:
     """Whether the folder holds this comparison whole; then its ranking is printed again."""
     if not found or not all((folder / name).exists() for name in OUTPUTS):
         return False
+    ranked = pd.read_csv(folder / "overlap_ranked.csv", keep_default_na=False, na_values=[""])
+    if "zero_share" not in ranked:  # an earlier version's, to be made again
+        return False
     print(f"{folder}: compared before, kept")
-    print(ranking_text(pd.read_csv(folder / "overlap_ranked.csv", keep_default_na=False, na_values=[""])))
+    print(ranking_text(ranked))
     return True
 
 
@@ -271,7 +290,8 @@ def main(argv: list[str] | None = None) -> int:
     identity |= {"smooth": levels, "methods": list(means)}
     identity["sha256"] = digests
     folder = args.outpath or args.maps
-    found = storage.check_folder(folder, "overlap.json", identity, OUTPUTS, args.overwrite)
+    overwrite = OUTPUTS if args.overwrite else []
+    found = storage.check_folder(folder, "overlap.json", identity, OUTPUTS, overwrite)
     if finished(folder, found):
         return 0
     maps = read_maps(files, mask)
@@ -285,6 +305,7 @@ def main(argv: list[str] | None = None) -> int:
     floor = random_floor(reference, brain, table["smoothness_mm"].max(), args.seed)
     table = add_intervals(add_random(table, floor), args.seed)
     ranked = rank(table, args.rank_smooth, args.seed)
+    ranked["zero_share"] = ranked["method"].map({name: zero_share(args.maps / name) for name in means})
     curves = {
         method: dice_curve(brain.smooth(values, args.rank_smooth), reference)
         for (method, fold), values in maps.items()
@@ -293,7 +314,7 @@ def main(argv: list[str] | None = None) -> int:
 
     with storage.claimed(folder, ["overlap"]):
         with storage.locked(folder / storage.LOCK):
-            storage.start_folder(folder, "overlap.json", identity, OUTPUTS, args.overwrite)
+            storage.start_folder(folder, "overlap.json", identity, OUTPUTS, overwrite)
             storage.write_json(identity | {"versions": storage.versions()}, folder / "overlap.json")
         storage.write_csv(table, folder / "overlap.csv")
         storage.write_csv(ranked, folder / "overlap_ranked.csv")

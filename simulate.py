@@ -318,7 +318,7 @@ def make_room(folder: Path, people: list[Subject], overwrite: bool) -> None:
         if not isinstance(former, list):
             raise utils.InputError(f"{record}: not written by simulate.py; choose another --outpath")
         ours += [scan_path(index) for index in range(len(people), len(former))]
-    storage.check_folder(folder / "scans", record.name, {}, [], overwrite)
+    storage.check_folder(folder / "scans", record.name, {}, [], [])
     (folder / scan_path(0)).parent.mkdir(parents=True, exist_ok=True)
     storage.remove_leftovers(folder, ours)
     if overwrite:

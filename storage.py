@@ -10,7 +10,8 @@ import os
 import platform
 import reprlib
 import stat
-from collections.abc import Callable, Iterable, Iterator
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +29,7 @@ RECORD_SIZE = 2**22  # bytes of a record: one of a thousand folds has a tenth of
 PARTIAL = ".partial-"  # begins the names of temporary files
 LOCK = ".lock"  # of a folder's shared files, held while they are read, changed and written back
 KEPT = "; what was finished before is kept"
+ASKED, PAUSE = 5, 0.05  # times that a held lock is asked for, and the seconds between
 _held: dict[int, Path] = {}  # this process's locks by descriptor
 
 
@@ -111,10 +113,30 @@ def claimed(folder: Path, parts: Iterable[str]) -> Iterator[None]:
     with contextlib.ExitStack() as stack:
         try:
             for part in parts:
-                stack.enter_context(locked(folder / f"{LOCK}-{part.replace(' ', '_')}", wait=False))
+                stack.enter_context(_claimed_part(folder / part_lock(part)))
         except BlockingIOError as problem:
             raise InputError(f"{folder}: another process is at work on {part}") from problem
         yield
+
+
+@contextlib.contextmanager
+def _claimed_part(lock: Path) -> Iterator[None]:
+    """Hold a lock; asked for several times, as another process may only be looking whether it is held."""
+    with contextlib.ExitStack() as stack:
+        for left in reversed(range(ASKED)):
+            try:
+                stack.enter_context(locked(lock, wait=False))
+                break
+            except BlockingIOError:
+                if not left:
+                    raise
+                time.sleep(PAUSE)
+        yield
+
+
+def part_lock(part: str) -> str:
+    """The name of the lock file of a part, such as "fold 0"."""
+    return f"{LOCK}-{part.replace(' ', '_')}"
 
 
 def make_folder(folder: Path) -> None:
@@ -194,6 +216,15 @@ def versions() -> dict[str, str]:
     return {"python": platform.python_version()} | {p: importlib.metadata.version(p) for p in PACKAGES}
 
 
+def made_with(record: dict[str, Any], device: dict[str, str]) -> dict[str, Any]:
+    """The versions that a record was begun with, and every device that worked on what it describes."""
+    known = recorded({"devices": []} | record, "devices", list)
+    return {
+        "versions": record.get("versions", versions()),
+        "devices": known if device in known else [*known, device],
+    }
+
+
 def file_size(path: Path, kind: str = "file") -> int:
     """Bytes of a file; `kind` is what an error calls it.
 
@@ -258,8 +289,30 @@ def recorded(
     return value
 
 
+def overwritten(
+    folder: Path, patterns: Sequence[str], per_fold: Sequence[str], summary: Sequence[str], chosen: list[int]
+) -> list[str]:
+    """The patterns of what --overwrite removes where only some folds are run.
+
+    That is what belongs to those folds, and the summary of all. Where nothing is there of any other fold, and
+    nobody is at work on one, it is everything.
+
+    Args:
+        folder: the output folder.
+        patterns: glob patterns of all files the suite writes there.
+        per_fold: those that belong to a fold, with "{}" for its number.
+        summary: those that are made of all folds.
+        chosen: the folds to run.
+    """
+    ours = [name.format(fold) for name in per_fold for fold in chosen]
+    others = set(written(folder, [name.format("*") for name in per_fold])) - set(written(folder, ours))
+    locks = {folder / part_lock(f"fold {fold}") for fold in chosen}
+    busy = any(_is_held(lock) for lock in set(folder.glob(f"{LOCK}-*")) - locks)
+    return [*ours, *summary] if others or busy else list(patterns)
+
+
 def check_folder(
-    folder: Path, record: str, identity: dict[str, Any], patterns: Iterable[str], overwrite: bool
+    folder: Path, record: str, identity: dict[str, Any], patterns: Iterable[str], overwrite: Iterable[str]
 ) -> dict[str, Any]:
     """Find out whether an output folder is free, or holds the same run to go on with. Writes nothing.
 
@@ -268,7 +321,7 @@ def check_folder(
         record: name of the record in it.
         identity: what two runs must have in common for the second to go on with the first.
         patterns: glob patterns of all files the suite writes there.
-        overwrite: those files will be removed, so whatever they hold is fine.
+        overwrite: those of the files that will be removed, so whatever they hold is fine; see `overwritten`.
 
     Returns:
         The record that is there; empty where the run starts afresh.
@@ -279,10 +332,13 @@ def check_folder(
     existing = next(place for place in (folder, *folder.absolute().parents) if place.exists())
     if not existing.is_dir() or not os.access(existing, os.W_OK):
         raise InputError(f"--outpath {folder}: {existing} is not a folder that can be written to")
-    present = written(folder, patterns)
-    if overwrite or not present:
+    removed = set(written(folder, overwrite))
+    present = [path for path in written(folder, patterns) if path not in removed]
+    if not present:
         return {}
-    way_out = "choose another --outpath, or --overwrite"
+    way_out = (
+        f"choose another --outpath, or --overwrite{' all folds, without --run-folds' if overwrite else ''}"
+    )
     if folder / record not in present:
         raise InputError(f"{present[0]} is in the way; {way_out}")
     found = read_json(folder / record)
@@ -302,26 +358,32 @@ def _flat(record: dict[str, Any]) -> dict[str, Any]:
 
 
 def start_folder(
-    folder: Path, record: str, identity: dict[str, Any], patterns: Iterable[str], overwrite: bool
+    folder: Path, record: str, identity: dict[str, Any], patterns: Sequence[str], overwrite: Sequence[str]
 ) -> dict[str, Any]:
     """Begin in a folder whose LOCK is held, or go on there: `check_folder` once more, and tidy up.
 
-    With `overwrite`, what the suite wrote there is removed, and only that.
+    The files of `overwrite` are removed, and no others.
 
     Raises:
-        InputError: as `check_folder`; or, with `overwrite`, another process is at work there.
+        InputError: as `check_folder`; or the record would be removed while another process is at work there.
     """
     found = check_folder(folder, record, identity, patterns, overwrite)
     remove_leftovers(folder, patterns)
-    if overwrite:
-        for lock in set(folder.glob(f"{LOCK}-*")) - set(_held.values()):
-            try:
-                with locked(lock, wait=False):
-                    pass
-            except BlockingIOError as problem:
-                raise InputError(f"--overwrite: another process is at work in {folder}") from problem
-        remove(folder, sorted(patterns, key=record.__eq__))  # the record last: without it all is in the way
+    if record in overwrite and any(_is_held(lock) for lock in folder.glob(f"{LOCK}-*")):
+        raise InputError(f"--overwrite: another process is at work in {folder}")
+    remove(folder, sorted(overwrite, key=record.__eq__))  # the record last: without it all is in the way
     return found
+
+
+def _is_held(lock: Path) -> bool:
+    """Whether another process holds a lock file; one that a dead process left behind goes."""
+    if lock in _held.values():
+        return False
+    try:
+        with locked(lock, wait=False):
+            return False
+    except BlockingIOError:
+        return True
 
 
 def remove(folder: Path, patterns: Iterable[str]) -> None:

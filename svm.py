@@ -385,7 +385,8 @@ def main(argv: list[str] | None = None) -> int:
     mask = read_mask(args.mask, cohort.grid) if args.mask else None
     folder = args.outpath / "SVM"
     identity = identify(cohort, args.C, args.mask)
-    found = storage.check_folder(folder, "map.json", identity, WRITTEN, args.overwrite)
+    overwrite = WRITTEN if args.overwrite else []
+    found = storage.check_folder(folder, "map.json", identity, WRITTEN, overwrite)
     if finished(folder, found, cohort.folding["fold"]):
         print(f"{folder}: done before, kept")
         return 0
@@ -400,7 +401,7 @@ def main(argv: list[str] | None = None) -> int:
     work = f"{len(scans)} scans of {np.count_nonzero(inside)} voxels"
     with storage.claimed(folder, ["SVM"]), utils.enough(work, "give a smaller --mask"):
         with storage.locked(folder / storage.LOCK):
-            storage.start_folder(folder, "map.json", identity, WRITTEN, args.overwrite)
+            storage.start_folder(folder, "map.json", identity, WRITTEN, overwrite)
             storage.remove(folder, WRITTEN)  # what is there is not finished
             storage.write_json(record, folder / "map.json")
         products = linear_kernel(scans, inside)

@@ -13,26 +13,29 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import pandas as pd
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils.data import DataLoader
 
 import dataset
+import devices
 import figures
 import metrics
 import models
+import selfcheck
 import storage
 import utils
+from dataset import Loader
+from devices import PRECISIONS
 
 SUMMARY = ["predictions.csv", "metrics.csv", "training.png"]  # of all folds
-WRITTEN = ["run.json", "folds.csv", "state_dict_f*.pth", "history_f*.csv", "progress_f*.pth", *SUMMARY]
+PER_FOLD = ["state_dict_f{}.pth", "history_f{}.csv", "progress_f{}.pth"]
+WRITTEN = ["run.json", "folds.csv", *(name.format("*") for name in PER_FOLD), *SUMMARY]
 HISTORY = ["epoch", "train_loss", "valid_loss", "valid_accuracy", "seconds"]
-PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16}
 # options that change neither the networks nor the folds
 INCIDENTAL = ("path", "outpath", "device", "run_folds", "workers", "cache", "overwrite")
 
@@ -64,9 +67,14 @@ def get_parser() -> argparse.ArgumentParser:
     )
     add("--run-folds", type=utils.number(int, at_least=0), nargs="+", metavar="I", help="only these folds")
     add("--precision", choices=PRECISIONS, default="fp32", help="of the forward and backward pass")
-    add("--workers", type=utils.number(int, at_least=0), default=2, help="processes that read scans")
+    add(
+        "--workers",
+        type=utils.number(int, at_least=0),
+        default=2,
+        help="processes or threads that read scans",
+    )
     add("--cache", choices=dataset.CACHES, default="auto", help="where decoded scans are kept")
-    add("--overwrite", action="store_true", help="remove an earlier run in DIR first")
+    add("--overwrite", action="store_true", help="remove an earlier run in DIR, or its --run-folds, first")
     return parser
 
 
@@ -76,16 +84,23 @@ def new_training(
     """An untrained network and its optimiser; the weights depend on the seed and the fold alone."""
     utils.seed_everything(utils.fold_seed(seed, fold))
     model = models.build_model(name, grid.shape).to(device)
-    model = model.to(memory_format=torch.channels_last_3d)  # type: ignore[call-overload]
+    model = model.to(memory_format=models.layout(device))  # type: ignore[call-overload]
     return model, torch.optim.Adam(model.parameters(), lr=lr, weight_decay=wd)
 
 
 def make_loader(
-    scans: dataset.Scans, folds: pd.DataFrame, fold: int, role: str, batch: int, workers: int, seed: int
-) -> DataLoader:
+    scans: dataset.Scans,
+    folds: pd.DataFrame,
+    fold: int,
+    role: str,
+    batch: int,
+    workers: int,
+    seed: int,
+    device: torch.device,
+) -> Loader:
     """Batches of one role of one fold; shuffled for training, else in the CSV's order."""
     order = utils.fold_seed(seed, fold) if role == "train" else None
-    return dataset.loader(scans, dataset.rows(folds, fold, role), batch, workers, order)
+    return dataset.loader(scans, dataset.rows(folds, fold, role), batch, workers, order, device)
 
 
 @dataclass
@@ -105,8 +120,8 @@ class Course:
 def train_fold(
     model: models.CNN3d,
     optimiser: torch.optim.Optimizer,
-    train: DataLoader,
-    val: DataLoader,
+    train: Loader,
+    val: Loader,
     epochs: int,
     patience: int,
     delta: float,
@@ -144,25 +159,24 @@ def train_fold(
 
 
 def save_progress(
-    course: Course, model: models.CNN3d, optimiser: torch.optim.Optimizer, train: DataLoader, path: Path
+    course: Course, model: models.CNN3d, optimiser: torch.optim.Optimizer, train: Loader, path: Path
 ) -> None:
     """Write all that the next epoch depends on."""
     device = next(model.parameters()).device
-    state = {"model": model.state_dict(), "optimiser": optimiser.state_dict(), "course": vars(course)}
-    state |= {"random": utils.random_states(device), "loader": train.generator.get_state()}
+    state: dict[str, Any] = {"model": model.state_dict(), "optimiser": optimiser.state_dict()}
+    state |= {"course": vars(course), "random": utils.random_states(device)}
+    state |= {"loader": cast(torch.Generator, train.generator).get_state()}
     storage.write_tensors(state, path)
 
 
-def load_progress(
-    path: Path, model: models.CNN3d, optimiser: torch.optim.Optimizer, train: DataLoader
-) -> Course:
+def load_progress(path: Path, model: models.CNN3d, optimiser: torch.optim.Optimizer, train: Loader) -> Course:
     """Restore what `save_progress` wrote into model, optimiser, loader and random generators."""
     device = next(model.parameters()).device
     try:
         state: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
         model.load_state_dict(state["model"])
         optimiser.load_state_dict(state["optimiser"])
-        train.generator.set_state(state["loader"])
+        cast(torch.Generator, train.generator).set_state(state["loader"])
         utils.restore_random(state["random"], device)
         return Course(**state["course"])
     except torch.OutOfMemoryError:
@@ -188,26 +202,37 @@ def weights(model: nn.Module) -> dict[str, Tensor]:
 
 
 def train_epoch(
-    model: nn.Module, loader: DataLoader, optimiser: torch.optim.Optimizer, precision: torch.dtype, name: str
+    model: nn.Module, loader: Loader, optimiser: torch.optim.Optimizer, precision: torch.dtype, name: str
 ) -> float:
-    """One pass over the training scans; returns the mean loss."""
+    """One pass over the training scans; returns the mean loss.
+
+    A loss is looked at one step late: to look is to wait for the GPU, which then has the next step to do.
+    """
     model.train()
     device = next(model.parameters()).device
     total = 0.0
-    for number, (volume, label) in enumerate(utils.progress(loader, desc=name, leave=False), 1):
+    unseen: list[tuple[Tensor, int]] = []  # losses and how many scans they are the mean of
+
+    def look(number: int) -> float:
+        loss, scans = unseen.pop()
+        value = loss.item()
+        check_loss(value, f"{name}, batch {number}")
+        return value * scans
+
+    for number, (volume, label) in enumerate(utils.progress(loader, desc=name, leave=False)):
         volume, label = volume.to(device, non_blocking=True), label.to(device, non_blocking=True)
         with torch.autocast(device.type, precision, enabled=precision is not torch.float32):
             loss = F.cross_entropy(model(volume).float(), label)
-        check_loss(loss.item(), f"{name}, batch {number}")
         optimiser.zero_grad(set_to_none=True)
         loss.backward()
         optimiser.step()
-        total += loss.item() * len(label)
-    return total / len(loader.dataset)  # type: ignore[arg-type]
+        total += look(number) if unseen else 0
+        unseen.append((loss.detach(), len(label)))
+    return (total + look(len(loader))) / len(loader.dataset)  # type: ignore[arg-type]
 
 
 @torch.no_grad()
-def predict(model: nn.Module, loader: DataLoader) -> tuple[Tensor, Tensor]:
+def predict(model: nn.Module, loader: Loader) -> tuple[Tensor, Tensor]:
     """Logits (N, 2) and labels (N,) of all scans of a loader, on the CPU, in evaluation mode."""
     model.eval()
     device = next(model.parameters()).device
@@ -218,13 +243,13 @@ def predict(model: nn.Module, loader: DataLoader) -> tuple[Tensor, Tensor]:
     return torch.cat(logits), torch.cat(labels)
 
 
-def evaluate(model: nn.Module, loader: DataLoader) -> tuple[float, float]:
+def evaluate(model: nn.Module, loader: Loader) -> tuple[float, float]:
     """Mean cross-entropy and accuracy."""
     logits, labels = predict(model, loader)
     return F.cross_entropy(logits, labels).item(), (logits.argmax(1) == labels).float().mean().item()
 
 
-def predict_test(model: models.CNN3d, loader: DataLoader, test: pd.DataFrame) -> pd.DataFrame:
+def predict_test(model: models.CNN3d, loader: Loader, test: pd.DataFrame) -> pd.DataFrame:
     """Predictions of one fold's test scans, in the columns of metrics.PREDICTIONS."""
     logits, _ = predict(model, loader)
     prob_1 = logits.double().softmax(1)[:, 1].numpy()
@@ -235,14 +260,20 @@ def predict_test(model: models.CNN3d, loader: DataLoader, test: pd.DataFrame) ->
 
 
 def start_run(
-    folder: Path, identity: dict[str, Any], about: dict[str, Any], folds: pd.DataFrame, overwrite: bool
+    folder: Path,
+    identity: dict[str, Any],
+    about: dict[str, Any],
+    folds: pd.DataFrame,
+    overwrite: Callable[[], list[str]],
+    device: torch.device,
 ) -> None:
     """Write run.json and folds.csv, or check that they are of this very run."""
     with storage.locked(folder / storage.LOCK):
-        record = storage.start_folder(folder, "run.json", identity, WRITTEN, overwrite)
-        versions = record.get("versions", storage.versions())
-        if record != about | identity | {"versions": versions}:  # none yet, or the CSV has moved
-            storage.write_json(about | identity | {"versions": versions}, folder / "run.json")
+        found = storage.start_folder(folder, "run.json", identity, WRITTEN, overwrite())
+        with utils.naming(folder / "run.json"):
+            record = about | identity | storage.made_with(found, devices.describe(device))
+        if record != found:  # none yet, or the CSV has moved, or another device is at work
+            storage.write_json(record, folder / "run.json")
         if not (folder / "folds.csv").exists():
             storage.write_csv(folds, folder / "folds.csv")
         elif (folder / "folds.csv").read_bytes() != folds.to_csv(index=False, lineterminator="\n").encode():
@@ -251,14 +282,19 @@ def start_run(
             )
 
 
+def overwritten(folder: Path, overwrite: bool, run_folds: list[int] | None) -> list[str]:
+    """The patterns of what --overwrite removes: everything, or what belongs to --run-folds."""
+    if not overwrite:
+        return []
+    return storage.overwritten(folder, WRITTEN, PER_FOLD, SUMMARY, run_folds) if run_folds else WRITTEN
+
+
 class Fold:
     """The files of one fold."""
 
     def __init__(self, folder: Path, number: int) -> None:
         self.number = number
-        self.checkpoint = folder / f"state_dict_f{number}.pth"
-        self.history = folder / f"history_f{number}.csv"
-        self.progress = folder / f"progress_f{number}.pth"
+        self.checkpoint, self.history, self.progress = (folder / name.format(number) for name in PER_FOLD)
 
     @property
     def finished(self) -> bool:
@@ -315,7 +351,7 @@ def test_folds(
     name: str,
     grid: dataset.Grid,
     device: torch.device,
-    load: Callable[[int, str], DataLoader],
+    load: Callable[[int, str], Loader],
     folds: pd.DataFrame,
     checkpoints: list[Path],
 ) -> pd.DataFrame:
@@ -346,29 +382,35 @@ def main(argv: list[str] | None = None) -> int:
     """Check everything, train the folds, test them, report."""
     args = get_parser().parse_args(argv)
     utils.hold_memory()
-    device = utils.resolve_device(args.device)
+    device = selfcheck.open_device(args.device, args.precision)
     chosen = utils.choose_folds(args.run_folds, args.fold)
     table = dataset.read_csv(args.path)
     folds = dataset.make_folds(table, args.fold, args.split, args.val_fraction, args.seed)
     grid = dataset.check_grid(table)
     model = models.require_model(args.model, grid.shape)
+    devices.check_batch(args.batch, models.largest_output(args.model, grid.shape), device)
     options = {name: value for name, value in vars(args).items() if name not in INCIDENTAL}
     identity: dict[str, Any] = {"csv_sha256": storage.sha256(args.path)}
     identity |= {"scans_sha256": dataset.scans_digest(table)}
     identity |= {"folds_sha256": dataset.folds_digest(folds), "grid": grid.record(), "arguments": options}
     about = {"csv": str(args.path.resolve()), "model": args.model, "seed": args.seed}
     every = [Fold(args.outpath, number) for number in range(args.fold)]
-    if storage.check_folder(args.outpath, "run.json", identity, WRITTEN, args.overwrite):
+    overwrite = partial(overwritten, args.outpath, args.overwrite, args.run_folds)
+    if storage.check_folder(args.outpath, "run.json", identity, WRITTEN, overwrite()):
         for fold in every:
             fold.check(model)
     work = f"--batch {args.batch} of {'x'.join(map(str, grid.shape))} voxels, {args.model}, on {device}"
     limits = work, "lower --batch, take fewer filters, or --cache disk"
     with utils.enough(*limits):
-        scans = dataset.open_scans(table, grid, args.cache, args.outpath / "cache", args.workers)
-    load = partial(make_loader, scans, folds, batch=args.batch, workers=args.workers, seed=args.seed)
+        scans = dataset.open_scans(
+            table, grid, args.cache, args.outpath / "cache", args.workers, device, bool(args.run_folds)
+        )
+    load = partial(
+        make_loader, scans, folds, batch=args.batch, workers=args.workers, seed=args.seed, device=device
+    )
 
     with storage.claimed(args.outpath, [f"fold {fold}" for fold in chosen]), utils.enough(*limits):
-        start_run(args.outpath, identity, about, folds, args.overwrite)
+        start_run(args.outpath, identity, about, folds, overwrite, device)
         for number in chosen:
             if every[number].kept():
                 continue

@@ -1,4 +1,4 @@
-"""What every entry script shares: how it ends, its options, devices and seeds."""
+"""What every entry script shares: how it ends, its options, memory and seeds."""
 
 import argparse
 import contextlib
@@ -18,6 +18,8 @@ import torch
 from tqdm import tqdm
 
 LONGEST = 8000  # characters of an error
+# how PyTorch, cuDNN and cuBLAS say that memory does not suffice: the last where no algorithm's workspace fits
+SCARCE = "out of memory|can't allocate memory|(CUDNN|CUBLAS)_STATUS_ALLOC_FAILED|Unable to find a valid cuDNN"
 
 
 Main = TypeVar("Main", bound=Callable[..., int])
@@ -142,7 +144,7 @@ def enough(work: str, advice: str) -> Iterator[None]:
     except MemoryError as problem:
         raise Failure(f"{work}: out of memory; {advice}") from problem
     except RuntimeError as problem:  # PyTorch's, by their words: on a CPU they have no class of their own
-        if re.search("out of memory|can't allocate memory", str(problem)):
+        if re.search(SCARCE, str(problem)):
             raise Failure(f"{work}: out of memory; {advice} ({problem})") from problem
         if "DataLoader worker (pid" in str(problem):
             raise Failure(
@@ -195,37 +197,7 @@ def choose_folds(wanted: list[int] | None, k: int) -> list[int]:
     return sorted(set(wanted)) if wanted else list(range(k))
 
 
-# Devices and seeds -------------------------------------------------------------------------------
-
-
-def resolve_device(name: str) -> torch.device:
-    """Turn `--device` into a torch device.
-
-    Args:
-        name: a CUDA index ("0"), "cpu", "cuda", "cuda:1", "mps", or "auto" (CUDA, then MPS, then CPU).
-
-    Raises:
-        InputError: the device is not known or not there; an explicit choice never falls back.
-    """
-    cuda, mps = torch.cuda.is_available(), torch.backends.mps.is_available()
-    if name == "auto":
-        return torch.device("cuda" if cuda else "mps" if mps else "cpu")
-    try:
-        device = torch.device(f"cuda:{int(name)}" if name.isdecimal() else name)
-    except (RuntimeError, ValueError):
-        device = torch.device("meta")
-    if device.type not in ("cpu", "cuda", "mps"):
-        raise InputError(f"--device {name}: expected a GPU number, cpu, cuda:N, mps or auto")
-    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
-        there = torch.cuda.device_count()
-        raise InputError(
-            f"--device {name}: this machine has {there} CUDA device{'s' * (there != 1)}; use --device cpu"
-            if there == 0
-            else f"--device {name}: this machine has {there} CUDA devices, numbered from 0"
-        )
-    if device.type == "mps" and not mps:
-        raise InputError(f"--device {name}: this machine has no MPS device; use --device cpu")
-    return device
+# Memory and seeds --------------------------------------------------------------------------------
 
 
 def hold_memory() -> None:

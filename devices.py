@@ -1,0 +1,155 @@
+"""The device that a command runs on: chosen, set up, described, and what is known to be wrong with it."""
+
+import functools
+import platform
+from collections.abc import Callable
+from math import log2
+from typing import NamedTuple
+
+import torch
+
+from utils import InputError
+
+# of the forward and backward pass; tf32 is float32 whose factors CUDA's tensor cores round to 10 bits
+PRECISIONS = {"fp32": torch.float32, "tf32": torch.float32, "bf16": torch.bfloat16}
+MOST_VALUES = 2**31 - 1  # of one tensor: beyond, cuDNN's BatchNorm and PyTorch's pooling count wrongly
+LARGEST_CHUNK = 2**29  # values worked on at once, however much memory there is
+
+
+# Choosing and setting up -------------------------------------------------------------------------
+
+
+def resolve_device(name: str) -> torch.device:
+    """Turn `--device` into a torch device, which becomes the current one where it is a GPU of CUDA.
+
+    Args:
+        name: a CUDA index ("0"), "cpu", "cuda", "cuda:1", "mps", or "auto": CUDA where there is one, else
+            the CPU, and never MPS, whose 3D convolutions have been wrong (pytorch#197114).
+
+    Raises:
+        InputError: the device is not known or not there; an explicit choice never falls back.
+    """
+    there = torch.cuda.device_count()
+    if name == "auto":
+        name = "cuda" if there else "cpu"
+    try:
+        device = torch.device(f"cuda:{int(name)}" if name.isdecimal() else name)
+    except (RuntimeError, ValueError):
+        device = torch.device("meta")
+    if device.type not in ("cpu", "cuda", "mps"):
+        raise InputError(f"--device {name}: expected a GPU number, cpu, cuda:N, mps or auto")
+    if device.type == "mps" and not torch.backends.mps.is_available():
+        raise InputError(f"--device {name}: this machine has no MPS device; use --device cpu")
+    if device.type != "cuda":
+        return device
+    device = torch.device("cuda", device.index or 0)
+    if device.index >= there:
+        number = f"{there} CUDA device{'s' * (there != 1)}"
+        way_out = ", numbered from 0" if there else "; use --device cpu"
+        raise InputError(f"--device {name}: this machine has {number}{way_out}")
+    torch.cuda.set_device(device)  # or what names no device, such as pinned memory, goes to the first one
+    return device
+
+
+def set_precision(device: torch.device, precision: str) -> None:
+    """Make float32 mean float32 on a GPU, or TF32 where `precision` says so.
+
+    Raises:
+        InputError: the device does not have this precision.
+    """
+    if precision == "tf32" and (device.type != "cuda" or torch.cuda.get_device_capability(device) < (8, 0)):
+        raise InputError(f"--precision tf32: {describe(device)['name']} has no TF32; use fp32")
+    if precision == "bf16" and device.type == "cuda" and not torch.cuda.is_bf16_supported(False):
+        raise InputError(f"--precision bf16: {describe(device)['name']} has no bfloat16; use fp32")
+    torch.backends.cudnn.allow_tf32 = precision == "tf32"  # PyTorch's own default is True
+    torch.backends.cuda.matmul.allow_tf32 = precision == "tf32"
+
+
+def describe(device: torch.device) -> dict[str, str]:
+    """What the numbers depend on: the device's name, and on CUDA its version and cuDNN's."""
+    if device.type == "cuda":
+        cuda, cudnn = str(torch.version.cuda), _dotted(torch.backends.cudnn.version() or 0)
+        return {"name": torch.cuda.get_device_name(device), "cuda": cuda, "cudnn": cudnn}
+    if device.type == "mps":
+        return {"name": f"mps, macOS {platform.mac_ver()[0]}"}
+    return {"name": f"cpu, {torch.backends.cpu.get_cpu_capability()}"}
+
+
+def _dotted(version: int) -> str:
+    """cuDNN's version number, 91002 (8907 before 9), as people write it: 9.10.2."""
+    major, rest = divmod(version, 10_000 if version >= 10_000 else 1000)
+    return f"{major}.{rest // 100}.{rest % 100}"
+
+
+# Known faults ------------------------------------------------------------------------------------
+
+
+class Setup(NamedTuple):
+    """What a fault may depend on."""
+
+    torch: tuple[int, int]  # (2, 13)
+    cudnn: int  # 91002 is 9.10.2
+    capability: tuple[int, int]  # (9, 0) is an H100's or H200's
+    precision: str
+
+
+FAULTS: dict[str, Callable[[Setup], bool]] = {
+    "cuDNN 9.8 to 9.12 can return wrong 3D convolutions in bfloat16 (pytorch#163539); update cuDNN":
+        lambda s: s.precision == "bf16" and 90_800 <= s.cudnn < 91_300,
+    "PyTorch 2.9 bypasses cuDNN for 3D convolutions in bfloat16, slowly and in three times the memory "
+    "(pytorch#166643); update PyTorch":
+        lambda s: s.precision == "bf16" and s.torch == (2, 9),
+    "cuDNN 9.10.2 to 9.15 has a broken 3D convolution in TF32 (pytorch#167024); use --precision fp32":
+        lambda s: s.precision == "tf32" and 91_002 <= s.cudnn < 91_600,
+    "wrong gradients of cuDNN were reported for such cards with PyTorch 2.6 (pytorch#150700); update PyTorch":
+        lambda s: s.capability == (9, 0) and s.torch <= (2, 6),
+}  # fmt: skip
+
+
+def known_faults(device: torch.device, precision: str) -> list[str]:
+    """The known faults of the versions at hand, a line each; none but on CUDA."""
+    if device.type != "cuda":
+        return []
+    release = torch.__version__.split(".")
+    capability, cudnn = torch.cuda.get_device_capability(device), torch.backends.cudnn.version() or 0
+    setup = Setup((int(release[0]), int(release[1])), cudnn, capability, precision)
+    return [fault for fault, applies in FAULTS.items() if applies(setup)]
+
+
+# Sizes -------------------------------------------------------------------------------------------
+
+
+def free_memory(device: torch.device) -> int:
+    """Bytes of a CUDA device that this process may still take, its allocator's reserve included."""
+    free, _ = torch.cuda.mem_get_info(device)
+    return free + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+
+
+@functools.cache
+def values_at_once(device: torch.device, on_cpu: int) -> int:
+    """How many float32 values to work on at once.
+
+    On a CPU that is what its caches favour. A GPU wants large pieces: 1/32 of the memory that is free at the
+    first call, a power of two, so that the same card takes the same pieces each time.
+    """
+    if device.type != "cuda":
+        return on_cpu
+    fitting = 2 ** int(log2(max(free_memory(device) // (32 * 4), 1)))
+    return min(max(fitting, on_cpu), LARGEST_CHUNK)
+
+
+def check_batch(batch: int, per_scan: int, device: torch.device) -> None:
+    """Raise InputError where a GPU's tensors would have more values than can be counted there.
+
+    Args:
+        batch: scans at once.
+        per_scan: values of the largest layer's output for one scan.
+    """
+    if device.type == "cpu" or batch * per_scan <= MOST_VALUES:
+        return
+    largest = MOST_VALUES // per_scan
+    way_out = f"the largest batch that works is {largest}" if largest else "no batch works; use --device cpu"
+    raise InputError(
+        f"--batch {batch}: a layer's output has {batch * per_scan} values, more than 2^31 - 1, which a GPU's "
+        f"libraries cannot count; {way_out}"
+    )

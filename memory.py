@@ -1,0 +1,66 @@
+"""How much memory this process may still take, within the limits of containers and schedulers."""
+
+import os
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+
+ROOT = Path("/")
+# file of a limit, of what is used, and the word in memory.stat for cached files, which the kernel gives back
+VERSIONS = {
+    1: ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file"),
+    2: ("memory.max", "memory.current", "inactive_file"),
+}
+
+
+def available(root: Path = ROOT, environment: Mapping[str, str] = os.environ) -> int:
+    """Bytes of memory that this process may still take.
+
+    The least of what the machine has free, what every control group on the way to this process's own has
+    left, and what Slurm granted the job on this node, less what this process holds already.
+
+    Args:
+        root: of the file system.
+        environment: the environment variables.
+    """
+    meminfo = root / "proc/meminfo"
+    if not meminfo.exists():  # not Linux
+        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 2
+    free = 1024 * _fields(meminfo)["MemAvailable"]
+    held = 1024 * _fields(root / "proc/self/status").get("VmRSS", 0)
+    return max(min([free, *_group_rooms(root), *(limit - held for limit in _slurm_limits(environment))]), 0)
+
+
+def _fields(file: Path) -> dict[str, int]:
+    """The numbers of a file of lines such as "VmRSS:  12 kB" or "inactive_file 12"."""
+    cells = (line.replace(":", " ").split() for line in file.read_text().splitlines())
+    return {row[0]: int(row[1]) for row in cells if len(row) > 1 and row[1].isdecimal()}
+
+
+def _group_rooms(root: Path) -> Iterator[int]:
+    """What every control group from this process's own up to the top has left, in bytes."""
+    groups = root / "proc/self/cgroup"
+    for line in groups.read_text().splitlines() if groups.exists() else []:
+        _, controllers, path = line.split(":", 2)
+        if controllers and "memory" not in controllers.split(","):
+            continue
+        version, top = (1, root / "sys/fs/cgroup/memory") if controllers else (2, root / "sys/fs/cgroup")
+        limit, usage, cached = VERSIONS[version]
+        own = top / path.lstrip("/")
+        # in a container the path may be that of the host: then its upper end is all there is
+        for group in (own, *(parent for parent in own.parents if parent.is_relative_to(top))):
+            files = group / limit, group / usage, group / "memory.stat"
+            if all(file.exists() for file in files) and files[0].read_text().strip().isdecimal():  # not "max"
+                used = int(files[1].read_text()) - _fields(files[2]).get(cached, 0)
+                yield int(files[0].read_text()) - used
+
+
+def _slurm_limits(environment: Mapping[str, str]) -> Iterator[int]:
+    """What Slurm granted the job on this node, in bytes; 0 in its variables means all of the node's."""
+    node, per_cpu, cpus = (
+        int(environment.get(name, "0")) if environment.get(name, "0").isdecimal() else 0
+        for name in ("SLURM_MEM_PER_NODE", "SLURM_MEM_PER_CPU", "SLURM_CPUS_ON_NODE")
+    )
+    if node:
+        yield node * 2**20
+    if per_cpu:
+        yield per_cpu * max(cpus, 1) * 2**20

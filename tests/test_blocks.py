@@ -34,7 +34,7 @@ from blocks import (
     unpool,
     whole,
 )
-from models import LAYOUT, channels_last
+from models import in_layout
 
 # Sums of at most a few thousand float64 terms, in another order
 ORACLE = 1e-10
@@ -162,9 +162,10 @@ def test_through_relu():
 def test_channels_last_says_so(channels: int, batch: int):
     """Where PyTorch reads the layout from the strides: the outputs of a convolution are like its inputs."""
     values = torch.rand(batch, channels, 5, 6, 7)
-    found = channels_last(values)
+    found = in_layout(values)
     assert torch.equal(found, values)
-    assert convolve(found, torch.rand(4, channels, 3, 3, 3)).is_contiguous(memory_format=LAYOUT)
+    outputs = convolve(found, torch.rand(4, channels, 3, 3, 3))
+    assert outputs.is_contiguous(memory_format=torch.channels_last_3d)
 
 
 @over_cases

@@ -1,7 +1,6 @@
 """dataset.py: the CSV, the checks of scans, scaling, caches and folds."""
 
 import contextlib
-import os
 import pickle
 import shutil
 from pathlib import Path
@@ -15,6 +14,7 @@ import torch
 from cohorts import AFFINE, read_nifti, tiny_cohort, voxels, write_csv, write_scan
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from standin import StandIn
 
 import dataset
 from utils import InputError
@@ -485,20 +485,96 @@ def test_bad_scans_are_all_named_and_no_cache_stays(tmp_path):
     [(200, 0, "ram"), (199, 200, "disk"), (199, 199, "none"), (10**6, 10**6, "ram")],
 )
 def test_cache_takes_at_most_half_of_memory_or_disk(tmp_path, monkeypatch, memory, disk, expected):
-    monkeypatch.setattr(dataset, "available_memory", lambda: memory)
+    monkeypatch.setattr("memory.available", lambda: memory)
     monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=disk))
     assert dataset.choose_cache(100, tmp_path / "not" / "there" / "yet") == expected
 
 
+@pytest.mark.parametrize(("memory", "disk", "expected"), [(200, 200, "disk"), (200, 199, "ram")])
+def test_jobs_that_share_scans_prefer_the_disk(tmp_path, monkeypatch, memory, disk, expected):
+    monkeypatch.setattr("memory.available", lambda: memory)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=disk))
+    assert dataset.choose_cache(100, tmp_path, shared=True) == expected
+
+
+GPU = torch.device("cuda", 0)
+
+
+@pytest.mark.parametrize(("free", "fits"), [(200, True), (199, False)])
+def test_gpu_cache_takes_at_most_half_of_what_is_free_there(monkeypatch, free, fits):
+    monkeypatch.setattr("devices.free_memory", lambda device: free)
+    assert dataset.fits_on_gpu(100, GPU) == fits
+    assert not dataset.fits_on_gpu(0, torch.device("cpu"))
+
+
+def test_gpu_cache_that_cannot_be(tmp_path, monkeypatch):
+    table = dataset.read_csv(tiny_cohort(tmp_path))
+    grid = dataset.check_grid(table)
+    with pytest.raises(InputError, match="--cache gpu: the device is cpu, expected a GPU of CUDA"):
+        dataset.open_scans(table, grid, "gpu", tmp_path / "cache", 2)
+    monkeypatch.setattr("devices.free_memory", lambda device: 5 * 10**3)
+    with pytest.raises(InputError, match="the scans take 0.0 GB, cuda:0 has 0.0 GB free"):
+        dataset.open_scans(table, grid, "gpu", tmp_path / "cache", 2, GPU)
+
+
+@pytest.mark.parametrize("cache", ["gpu", "auto"])
+def test_scans_kept_on_a_gpu_are_batches_there(tmp_path, monkeypatch, cache):
+    """Decoded by threads into one tensor there; batches are put together there, too."""
+    csv = tiny_cohort(tmp_path)
+    monkeypatch.setattr("devices.free_memory", lambda device: 10**6)
+    with StandIn("cuda") as standin:
+        table = dataset.read_csv(csv)
+        scans = dataset.open_scans(
+            table, dataset.check_grid(table), cache, tmp_path / "cache", 2, standin.device
+        )
+        batches = dataset.loader(scans, [4, 0, 3], 2, 2, device=standin.device)
+        found = [(volume, label) for volume, label in batches]
+        assert all(volume.device == standin.device for volume, _ in found)
+        volumes = torch.cat([volume.cpu() for volume, _ in found])
+    expected = np.stack([dataset.read_scan(tmp_path / f"{i}.nii") for i in (4, 0, 3)])[:, None]
+    assert np.array_equal(volumes.numpy(), expected)
+    assert [label.tolist() for _, label in found] == [[0, 0], [1]]
+
+
+@pytest.mark.parametrize("cache", ["ram", "disk", "none"])
+@pytest.mark.parametrize("seed", [None, 3])
+def test_threads_that_read_ahead_give_what_a_loader_gives(tmp_path, cache, seed):
+    """The same batches in the same order, epoch after epoch, whatever the number of threads."""
+    scans = opened(tiny_cohort(tmp_path), cache, tmp_path / "cache")
+    plain = dataset.loader(scans, [5, 0, 3, 2, 1], 2, workers=0, seed=seed)
+    ahead = dataset.loader(scans, [5, 0, 3, 2, 1], 2, workers=3, seed=seed, device=GPU)
+    assert isinstance(ahead, dataset.ReadAhead)
+    assert ahead.pinned
+    ahead.pinned = False  # there may be no GPU to pin memory for
+    assert len(ahead) == len(plain) == 3
+    assert len(ahead.dataset) == len(plain.dataset) == 5  # type: ignore[arg-type]
+    for _ in range(3):
+        for (volume, label), (wanted, right) in zip(ahead, plain, strict=True):
+            assert torch.equal(volume, wanted)
+            assert torch.equal(label, right)
+            assert label.dtype == torch.int64
+    if seed is not None:  # what a resumed run restores
+        assert torch.equal(ahead.generator.get_state(), plain.generator.get_state())
+
+
+def test_threads_that_read_ahead_hand_on_what_goes_wrong(tmp_path):
+    csv = tiny_cohort(tmp_path)
+    table = dataset.read_csv(csv)
+    scans = dataset.Scans(table)
+    (tmp_path / "3.nii").unlink()
+    ahead = dataset.loader(scans, list(range(6)), 2, workers=2, device=GPU)
+    ahead.pinned = False
+    batches = iter(ahead)
+    next(batches)
+    with pytest.raises(InputError, match=r"3\.nii"):
+        next(batches)
+
+
 def test_auto_cache_goes_to_disk_where_memory_is_short(tmp_path, monkeypatch):
-    monkeypatch.setattr(dataset, "available_memory", lambda: 1000)
+    monkeypatch.setattr("memory.available", lambda: 1000)
     scans = opened(tiny_cohort(tmp_path), "auto", tmp_path / "cache")
     assert stored(tmp_path / "cache")[0].stat().st_size == 4 * 6 * 5 * 6 * 7
     assert not scans.in_memory
-
-
-def test_available_memory_is_of_this_machine():
-    assert 0 < dataset.available_memory() <= os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
 
 
 # Folds -------------------------------------------------------------------------------------------

@@ -21,6 +21,7 @@ from networks import (
     random_volume,
     smallest_network,
 )
+from places import Place, over_places
 from torch import Tensor, nn
 
 import blocks
@@ -121,18 +122,20 @@ def test_slabs_do_not_matter(monkeypatch, case: Case):
     assert difference(guided_gradcam(model, volume, target), expected) < ORACLE
 
 
+@over_places
 @over_cases
 @pytest.mark.parametrize("batch", [1, 3])
-def test_equals_autograd_with_guided_relus(case: Case, batch: int):
+def test_equals_autograd_with_guided_relus(place: Place, case: Case, batch: int):
     model, volume, target, expected = explained(case, batch)
-    assert difference(guided_gradcam(model, volume, target), expected) < ORACLE
+    assert difference(place.do(guided_gradcam, model, volume, target), expected) < place.oracle
 
 
+@over_places
 @over_cases
-def test_equals_captum(case: Case):
+def test_equals_captum(place: Place, case: Case):
     model, volume, target, _ = explained(case, 2)
     expected = captum_ggc(model, volume, target)
-    assert difference(guided_gradcam(model, volume, target), expected) < ORACLE
+    assert difference(place.do(guided_gradcam, model, volume, target), expected) < place.oracle
 
 
 def test_volumes_with_negative_values():

@@ -23,6 +23,7 @@ from networks import (
     random_volume,
     smallest_network,
 )
+from places import Place, over_places
 from torch import Tensor
 
 import blocks
@@ -77,21 +78,23 @@ def without_blank(model: CNN3d, volume: Tensor, target: Tensor, steps: int) -> T
 # Against the definition --------------------------------------------------------------------------
 
 
+@over_places
 @over_cases
 @pytest.mark.parametrize("batch", [1, 3])
-def test_zero_baseline_equals_autograd(case: Case, batch: int):
+def test_zero_baseline_equals_autograd(place: Place, case: Case, batch: int):
     model, volume, target = random_network(case), random_volume(case, batch), mixed_targets(batch)
     expected = naive_ig(model, volume, target, 5, first=1)
-    assert difference(without_blank(model, volume, target, 5), expected) < ORACLE
+    assert difference(place.do(without_blank, model, volume, target, 5), expected) < place.oracle
 
 
+@over_places
 @over_cases
 @pytest.mark.parametrize(("batch", "one_for_all"), [(1, True), (3, False)])
-def test_other_baselines_equal_autograd(case: Case, batch: int, one_for_all: bool):
+def test_other_baselines_equal_autograd(place: Place, case: Case, batch: int, one_for_all: bool):
     model, volume, target = random_network(case), random_volume(case, batch), mixed_targets(batch)
     baseline = baseline_like(volume, one_for_all)
-    found = integrated_gradients(model, volume, target, 5, baseline)
-    assert difference(found, naive_ig(model, volume, target, 5, baseline)) < ORACLE
+    found = place.do(integrated_gradients, model, volume, target, 5, baseline)
+    assert difference(found, naive_ig(model, volume, target, 5, baseline)) < place.oracle
 
 
 @over_cases

@@ -104,7 +104,7 @@ def test_table_has_a_row_per_fold_and_one_pooled(few_draws):
     table = noisy(40).assign(fold=[i % 3 for i in range(40)])
     found = metrics.metrics_table(table, seed=0)
     bounds = [f"{name}_{end}" for name in metrics.SCORES for end in ("low", "high")]
-    assert list(found.columns) == ["fold", "n", *metrics.SCORES, *COUNTS, *bounds]
+    assert list(found.columns) == ["fold", "n", *metrics.SCORES, *COUNTS, *bounds, "subjects"]
     assert list(found["fold"]) == [0, 1, 2, "pooled"]
     parts = [table[table["fold"] == fold] for fold in range(3)] + [table]
     for row, part in zip(found.to_dict("records"), parts, strict=True):
@@ -174,7 +174,7 @@ def test_summary_names_every_score(few_draws):
     table = metrics.metrics_table(noisy(20), seed=0)
     line = metrics.summary(table)
     assert "\n" not in line
-    assert "n = 20" in line
+    assert "20 scans of 20 subjects" in line
     for name in metrics.SCORES:
         values = [table.iloc[-1][name + end] for end in ("", "_low", "_high")]
         assert "{} {:.3f} [{:.3f}, {:.3f}]".format(name.replace("_", " "), *values) in line

@@ -204,6 +204,42 @@ def test_ranking_is_written_and_printed(world, tmp_path, capsys):
     assert set(compared) <= {"better", "not separated"}
 
 
+def test_share_of_maps_that_are_zero_stands_in_the_ranking(broken, tmp_path, capsys):
+    """As map.json counts them; blank where it does not, as for an SVM."""
+    for method, last in (("GGC", 5), ("IG", 0)):
+        file = broken / "heatmaps" / method / "map.json"
+        counts = {
+            "zero_maps_per_fold": {"0": 1, "1": 0, "2": last},
+            "scans_per_fold": {"0": 8, "1": 8, "2": 8},
+        }
+        storage.write_json(storage.read_json(file) | counts, file)
+    assert compare(broken, tmp_path) == 0
+    ranked = read_table(tmp_path, "overlap_ranked.csv")
+    assert ranked.columns[-1] == "zero_share"
+    found = ranked.set_index("method")["zero_share"]
+    assert (found["GGC"], found["IG"]) == (6 / 24, 1 / 24)
+    assert found.drop(["GGC", "IG"]).isna().all()
+    printed = {line.split()[0]: line.split()[-1] for line in capsys.readouterr().out.splitlines()}
+    assert (printed["GGC"], printed["IG"]) == ("25%", "4%")
+
+
+@pytest.mark.parametrize("counts", [5, {"0": "x"}, {"0": -1}, {"0": True}])
+def test_counts_of_zero_maps_that_were_edited(broken, tmp_path, capsys, counts):
+    file = broken / "heatmaps" / "GGC" / "map.json"
+    storage.write_json(storage.read_json(file) | {"zero_maps_per_fold": counts}, file)
+    assert "GGC/map.json: is damaged" in refuse(broken, tmp_path, capsys)
+
+
+def test_comparison_of_an_earlier_version_is_made_again(world, compared, tmp_path, capsys):
+    shutil.copytree(compared, tmp_path, dirs_exist_ok=True)
+    file = tmp_path / "overlap_ranked.csv"
+    wanted = file.read_bytes()
+    read_table(tmp_path, file.name).drop(columns="zero_share").to_csv(file, index=False)
+    assert compare(world, tmp_path) == 0
+    assert "compared before" not in capsys.readouterr().out
+    assert file.read_bytes() == wanted
+
+
 def test_ranked_smoothing_is_always_among_the_levels(world, tmp_path):
     argv = ["--maps", str(world / "heatmaps"), "--reference", str(world / "truth.nii.gz")]
     assert overlap.main([*argv, "--outpath", str(tmp_path), "--smooth", "0", "--rank-smooth", "2"]) == 0

@@ -7,6 +7,8 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
+import time
 from pathlib import Path
 
 import numpy as np
@@ -207,7 +209,7 @@ def fill(folder: Path, record: dict | None) -> None:
 
 
 def check(folder: Path, overwrite: bool = False) -> dict:
-    return storage.check_folder(folder, "run.json", IDENTITY, PATTERNS, overwrite)
+    return storage.check_folder(folder, "run.json", IDENTITY, PATTERNS, PATTERNS if overwrite else [])
 
 
 def test_new_folder_is_free_and_is_not_created_by_the_check(tmp_path):
@@ -260,7 +262,66 @@ def test_outpath_that_is_or_lies_below_a_file_is_refused(tmp_path):
 
 def test_overwrite_removes_the_suites_files_only(tmp_path):
     fill(tmp_path, IDENTITY)
-    storage.start_folder(tmp_path, "run.json", IDENTITY, PATTERNS, overwrite=False)
+    storage.start_folder(tmp_path, "run.json", IDENTITY, PATTERNS, overwrite=[])
     assert len(contents(tmp_path)) == 5
-    storage.start_folder(tmp_path, "run.json", IDENTITY, PATTERNS, overwrite=True)
+    storage.start_folder(tmp_path, "run.json", IDENTITY, PATTERNS, overwrite=PATTERNS)
     assert set(contents(tmp_path)) == {"notes.txt", "subjects/other.txt"}
+
+
+PER_FOLD, SUMMARY = ["map_f{}.nii.gz", "subjects/f{}_*.nii.gz"], ["map_all.nii.gz"]
+EVERYTHING = ["run.json", "map_f*.nii.gz", "subjects/f*_*.nii.gz", *SUMMARY]
+
+
+@pytest.mark.parametrize(
+    ("there", "chosen", "everything"),
+    [
+        ([], [0], True),
+        (["map_f0.nii.gz", "subjects/f0_a.nii.gz", "run.json"], [0], True),
+        (["map_f0.nii.gz", "map_f1.nii.gz"], [0, 1], True),
+        (["map_f0.nii.gz", "map_f1.nii.gz"], [0], False),
+        (["subjects/f1_a.nii.gz"], [0], False),
+        (["map_f1.nii.gz"], [10], False),
+        (["map_f10.nii.gz"], [1], False),
+        (["map_f10.nii.gz"], [0, 10], True),
+    ],
+)
+def test_overwriting_some_folds_spares_the_others(tmp_path, there, chosen, everything):
+    (tmp_path / "subjects").mkdir()
+    for name in there:
+        (tmp_path / name).touch()
+    found = storage.overwritten(tmp_path, EVERYTHING, PER_FOLD, SUMMARY, chosen)
+    ours = [pattern.format(fold) for pattern in PER_FOLD for fold in chosen]
+    assert sorted(found) == sorted(EVERYTHING if everything else [*ours, *SUMMARY])
+
+
+def test_overwriting_a_fold_while_another_process_is_at_work_on_a_second(tmp_path):
+    """Its files may not be there yet; and a lock that a dead process left behind is nobody at work."""
+    (tmp_path / ".lock-fold_1").touch()
+    assert storage.overwritten(tmp_path, EVERYTHING, PER_FOLD, SUMMARY, [0]) == EVERYTHING
+    program = "import sys, storage; from pathlib import Path\n"
+    program += "with storage.claimed(Path(sys.argv[1]), ['fold 1']): print('ready', flush=True); input()"
+    command = [sys.executable, "-c", program, str(tmp_path)]
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
+    with subprocess.Popen(command, cwd=Path(storage.__file__).parent, **pipes) as other:
+        other.stdout.readline()
+        found = storage.overwritten(tmp_path, EVERYTHING, PER_FOLD, SUMMARY, [0])
+        assert found == ["map_f0.nii.gz", "subjects/f0_*.nii.gz", *SUMMARY]
+        assert storage.overwritten(tmp_path, EVERYTHING, PER_FOLD, SUMMARY, [0, 1]) == EVERYTHING
+        other.communicate("done")
+
+
+def test_a_part_that_is_only_looked_at_is_not_taken(tmp_path):
+    """Whoever asks whether a lock is held has it for a moment; a job that starts just then must not fail."""
+    lock = tmp_path / storage.part_lock("fold 0")
+    looking = threading.Event()
+
+    def look() -> None:
+        with storage.locked(lock):
+            looking.set()
+            time.sleep(2 * storage.PAUSE)
+
+    thread = threading.Thread(target=look)
+    thread.start()
+    looking.wait()
+    with storage.claimed(tmp_path, ["fold 0"]):
+        thread.join()

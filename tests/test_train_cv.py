@@ -33,6 +33,7 @@ from cohorts import (
 from torch.utils.data import DataLoader
 
 import dataset
+import devices
 import figures
 import metrics
 import models
@@ -64,7 +65,8 @@ def csv(tmp_path_factory) -> Path:
 
 
 def train(csv: Path, outpath: Path, *options: str) -> int:
-    return train_cv.main(["--path", str(csv), "--outpath", str(outpath), *FAST, *options])
+    where = ["--path", str(csv), "--outpath", str(outpath), "--cache", "ram"]
+    return train_cv.main([*where, *FAST, *options])
 
 
 @pytest.fixture(scope="module")
@@ -232,7 +234,7 @@ def test_metrics_table(run):
     predictions = read_table(run / "predictions.csv")
     found = pd.read_csv(run / "metrics.csv")
     bounds = [f"{name}_{end}" for name in SCORES for end in ("low", "high")]
-    assert list(found.columns) == ["fold", "n", *SCORES, "tp", "tn", "fp", "fn", *bounds]
+    assert list(found.columns) == ["fold", "n", *SCORES, "tp", "tn", "fp", "fn", *bounds, "subjects"]
     assert list(found["fold"]) == ["0", "1", "pooled"]
     expected = metrics.metrics_table(predictions, seed=3)
     numbers = found.columns[1:]
@@ -336,7 +338,7 @@ def unclocked(folder: Path) -> dict[str, bytes]:
     return files
 
 
-def test_fold_that_another_process_trains_is_refused(copy, csv, capsys):
+def test_fold_that_another_process_trains_is_refused(copy, csv, run, capsys):
     before = contents(copy)
     program = "import sys, storage; from pathlib import Path\n"
     program += "with storage.claimed(Path(sys.argv[1]), ['fold 1']): input()"
@@ -344,12 +346,14 @@ def test_fold_that_another_process_trains_is_refused(copy, csv, capsys):
     with subprocess.Popen(command, cwd=ROOT, stdin=subprocess.PIPE, text=True) as other:
         while not (copy / ".lock-fold_1").exists():
             time.sleep(0.05)
-        for options in ([], ["--run-folds", "1"], ["--overwrite", "--run-folds", "0"]):
+        for options in ([], ["--run-folds", "1"], ["--overwrite"]):
             assert train(csv, copy, *options) == 2
             assert "another process is at work" in only_error(capsys.readouterr().err)
         assert train(csv, copy, "--run-folds", "0") == 0
+        assert contents(copy) == before | {".lock-fold_1": b""}
+        assert train(csv, copy, "--overwrite", "--run-folds", "0") == 0  # the fold of its own, and no other
         other.communicate("done")
-    assert contents(copy) == before
+    assert unclocked(copy) == unclocked(run)
 
 
 def test_checkpoint_without_its_history_is_not_taken_for_that_of_a_new_one(copy, run, csv, monkeypatch):
@@ -495,11 +499,63 @@ def test_other_scans_are_refused(run, csv, capsys):
 def test_overwrite_starts_afresh_and_leaves_other_files(copy, csv):
     (copy / "notes.txt").write_text("mine")
     (copy / "state_dict_f4.pth").write_text("of a run of five folds")
-    assert train(csv, copy, "--epochs", "1", "--run-folds", "0", "--overwrite") == 0
-    names = {"run.json", "folds.csv", "state_dict_f0.pth", "history_f0.csv", "notes.txt"}
+    assert train(csv, copy, "--epochs", "1", "--overwrite") == 0
+    names = {"run.json", "folds.csv", "notes.txt", "predictions.csv", "metrics.csv", "training.png"}
+    names |= {f"{name}_f{fold}{suffix}" for fold in range(K) for name, suffix in FOLD_FILES}
     assert set(contents(copy)) == names
     assert (copy / "notes.txt").read_text() == "mine"
     assert len(pd.read_csv(copy / "history_f0.csv")) == 1
+
+
+FOLD_FILES = [("state_dict", ".pth"), ("history", ".csv")]
+
+
+def test_overwrite_of_one_fold_keeps_the_others(copy, csv, run):
+    """As in a job array whose script says --overwrite: each job removes its own fold, and the summary."""
+    kept = {name: content for name, content in contents(copy).items() if "_f1" in name or "folds" in name}
+    before = (copy / "history_f0.csv").stat().st_mtime_ns
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(train_cv, "train_epoch", _interrupt)
+        assert train(csv, copy, "--run-folds", "0", "--overwrite") == 130
+    assert set(contents(copy)) == {*kept, "run.json"}
+    assert contents(copy).items() >= kept.items()
+    assert train(csv, copy, "--run-folds", "0", "--overwrite") == 0
+    assert (copy / "history_f0.csv").stat().st_mtime_ns != before
+    assert unclocked(copy) == unclocked(run)
+
+
+def _interrupt(*_: object) -> float:
+    raise KeyboardInterrupt
+
+
+def test_overwrite_of_one_fold_by_another_run_is_refused(copy, csv, capsys):
+    """The other folds would be of other arguments; where there are none, all is overwritten."""
+    before = contents(copy)
+    assert train(csv, copy, "--epochs", "1", "--run-folds", "0", "--overwrite") == 2
+    line = only_error(capsys.readouterr().err)
+    assert all(word in line for word in ["epochs (", "1 now", "--overwrite all folds, without --run-folds"])
+    assert contents(copy) == before
+    for name in ("state_dict_f1.pth", "history_f1.csv"):
+        (copy / name).unlink()
+    assert train(csv, copy, "--epochs", "1", "--run-folds", "0", "--overwrite") == 0
+    assert len(pd.read_csv(copy / "history_f0.csv")) == 1
+    assert not (copy / "predictions.csv").exists()
+
+
+def test_record_names_the_devices_that_worked(copy, csv, monkeypatch):
+    here = devices.describe(torch.device("cpu"))
+    assert storage.read_json(copy / "run.json")["devices"] == [here]
+    card = {"name": "NVIDIA H100", "cuda": "12.8", "cudnn": "9.10.2"}
+    monkeypatch.setattr(devices, "describe", lambda device: card)
+    for _ in range(2):
+        assert train(csv, copy) == 0
+        assert storage.read_json(copy / "run.json")["devices"] == [here, card]
+
+
+def test_jobs_of_single_folds_share_a_cache_on_disk(csv, tmp_path, monkeypatch):
+    monkeypatch.setattr(train_cv, "train_epoch", _interrupt)
+    assert train(csv, tmp_path, "--cache", "auto", "--run-folds", "0") == 130
+    assert len(list((tmp_path / "cache").glob("scans-*.float32"))) == 1
 
 
 def test_history_that_was_deleted_is_no_traceback(copy, csv, capsys):

@@ -1,4 +1,4 @@
-"""utils.py: how a command ends, options, devices, seeds."""
+"""utils.py: how a command ends, options, seeds."""
 
 import argparse
 import os
@@ -112,6 +112,22 @@ def test_memory_that_does_not_suffice_is_a_failure():
         torch.ones(2) @ torch.ones(3)
 
 
+@pytest.mark.parametrize(
+    "words",
+    [
+        "CUDA out of memory. Tried to allocate 20.00 GiB. GPU 0 has a total capacity of 15.77 GiB",
+        "cuDNN error: CUDNN_STATUS_ALLOC_FAILED",
+        "CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`",
+        "Unable to find a valid cuDNN algorithm to run convolution",
+        "GET was unable to find an engine to execute this computation, CUDA error: out of memory",
+    ],
+)
+def test_memory_that_does_not_suffice_on_a_gpu_is_a_failure(words):
+    """In the words of PyTorch, cuDNN and cuBLAS, which raise no class of their own for it."""
+    with pytest.raises(utils.Failure, match="lower --batch"), utils.enough("a batch", "lower --batch"):
+        raise RuntimeError(words)
+
+
 def test_random_states_come_back():
     def draw() -> tuple[float, float, float]:
         return random.random(), float(np.random.random()), float(torch.rand(()))
@@ -189,31 +205,7 @@ def test_choose_folds():
         utils.choose_folds([0, 3], 3)
 
 
-# Devices and seeds -------------------------------------------------------------------------------
-
-
-def test_devices_that_are_there():
-    assert utils.resolve_device("cpu") == torch.device("cpu")
-    found = utils.resolve_device("auto").type
-    if torch.cuda.is_available():
-        assert found == "cuda"
-        assert utils.resolve_device("0") == torch.device("cuda:0")
-    else:
-        assert found == ("mps" if torch.backends.mps.is_available() else "cpu")
-
-
-# the first GPU that is not there; "0" on a machine without any
-BEYOND = str(torch.cuda.device_count())
-
-
-@pytest.mark.parametrize(
-    "name",
-    [BEYOND, f"cuda:{BEYOND}", "99", "cuda:99", "tpu", "gpu", "meta", "xpu", "-1", "cuda:x", "", "1.0"],
-)
-def test_devices_that_are_not(name):
-    with pytest.raises(utils.InputError) as error:
-        utils.resolve_device(name)
-    assert f"--device {name}:" in str(error.value)
+# Seeds -------------------------------------------------------------------------------------------
 
 
 def test_seed_sets_every_generator():

@@ -1,0 +1,358 @@
+"""devices.py and selfcheck.py: choosing a device, what is known of it, and whether it computes what it should."""
+
+import copy
+from collections.abc import Iterator
+from types import SimpleNamespace
+
+import pytest
+import torch
+import torch.nn.functional as F
+from networks import CASES, Case, difference, over_cases, random_network, random_volume
+from places import PLACES, Place, over_places
+from torch import Tensor
+from torch.utils.data import DataLoader, TensorDataset
+
+import devices
+import models
+import selfcheck
+import train_cv
+from utils import InputError
+
+CPU, GPU = torch.device("cpu"), torch.device("cuda", 0)
+
+
+# Choosing ----------------------------------------------------------------------------------------
+
+
+def test_devices_that_are_there():
+    assert devices.resolve_device("cpu") == CPU
+    if torch.cuda.is_available():
+        assert devices.resolve_device("0") == devices.resolve_device("auto") == GPU
+        assert torch.cuda.current_device() == 0
+    else:
+        assert devices.resolve_device("auto") == CPU
+
+
+def test_auto_is_never_mps(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
+    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: True)
+    assert devices.resolve_device("auto") == CPU
+    assert devices.resolve_device("mps") == torch.device("mps")
+
+
+@pytest.mark.parametrize(("name", "index"), [("auto", 0), ("cuda", 0), ("0", 0), ("1", 1), ("cuda:1", 1)])
+def test_a_gpu_becomes_the_current_device(monkeypatch, name, index):
+    """Else pinned memory and whatever names no device would go to the first GPU."""
+    current: list[torch.device] = []
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch.cuda, "set_device", current.append)
+    assert devices.resolve_device(name) == torch.device("cuda", index)
+    assert current == [torch.device("cuda", index)]
+
+
+# the first GPU that is not there; "0" on a machine without any
+BEYOND = str(torch.cuda.device_count())
+
+
+@pytest.mark.parametrize(
+    "name",
+    [BEYOND, f"cuda:{BEYOND}", "99", "cuda:99", "tpu", "gpu", "meta", "xpu", "-1", "cuda:x", "", "1.0"],
+)
+def test_devices_that_are_not(name):
+    with pytest.raises(InputError) as error:
+        devices.resolve_device(name)
+    assert f"--device {name}:" in str(error.value)
+
+
+# Precision ---------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def _ampere(monkeypatch) -> Iterator[None]:
+    """A GPU with TF32 and bfloat16, as far as PyTorch tells; the flags of float32 as they were afterwards."""
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 0))
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda emulated: True)
+    before = torch.backends.cudnn.allow_tf32, torch.backends.cuda.matmul.allow_tf32
+    torch.backends.cudnn.allow_tf32, torch.backends.cuda.matmul.allow_tf32 = True, True
+    yield
+    torch.backends.cudnn.allow_tf32, torch.backends.cuda.matmul.allow_tf32 = before
+
+
+@pytest.mark.usefixtures("_ampere")
+@pytest.mark.parametrize(("precision", "tf32"), [("fp32", False), ("bf16", False), ("tf32", True)])
+def test_float32_is_float32_unless_tf32_is_asked_for(precision, tf32):
+    devices.set_precision(GPU, precision)
+    assert torch.backends.cudnn.allow_tf32 == tf32
+    assert torch.backends.cuda.matmul.allow_tf32 == tf32
+
+
+def test_precisions_that_a_device_lacks(monkeypatch):
+    with pytest.raises(InputError, match=r"--precision tf32: cpu, .* has no TF32"):
+        devices.set_precision(CPU, "tf32")
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (7, 5))
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda emulated: emulated)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "Tesla T4")
+    for precision in ("tf32", "bf16"):
+        with pytest.raises(InputError, match=f"--precision {precision}: Tesla T4 has no"):
+            devices.set_precision(GPU, precision)
+
+
+# What is known -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("number", "text"), [(91002, "9.10.2"), (90100, "9.1.0"), (8907, "8.9.7")])
+def test_cudnn_version_as_people_write_it(monkeypatch, number, text):
+    monkeypatch.setattr(torch.backends.cudnn, "version", lambda: number)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "NVIDIA H100")
+    monkeypatch.setattr(torch.version, "cuda", "12.8")
+    assert devices.describe(GPU) == {"name": "NVIDIA H100", "cuda": "12.8", "cudnn": text}
+    assert devices.describe(CPU) == {"name": f"cpu, {torch.backends.cpu.get_cpu_capability()}"}
+
+
+@pytest.mark.parametrize(
+    ("version", "cudnn", "capability", "precision", "issues"),
+    [
+        ("2.9.0+cu128", 91002, (8, 0), "bf16", [163539, 166643]),
+        ("2.8.0", 91002, (8, 0), "tf32", [167024]),
+        ("2.8.0", 91002, (9, 0), "fp32", []),
+        ("2.10.0", 91501, (9, 0), "tf32", [167024]),
+        ("2.10.0", 91600, (9, 0), "tf32", []),
+        ("2.10.0", 91300, (9, 0), "bf16", []),
+        ("2.6.0+cu124", 90100, (9, 0), "fp32", [150700]),
+        ("2.6.0+cu124", 90100, (8, 6), "fp32", []),
+        ("2.13.0", 92000, (9, 0), "bf16", []),
+    ],
+)
+def test_known_faults_are_named(monkeypatch, version, cudnn, capability, precision, issues):
+    """By the versions that PyTorch's threads of these numbers give."""
+    monkeypatch.setattr(torch, "__version__", version)
+    monkeypatch.setattr(torch.backends.cudnn, "version", lambda: cudnn)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    found = devices.known_faults(GPU, precision)
+    assert len(found) == len(issues)
+    assert all(f"#{issue}" in line for issue, line in zip(issues, found, strict=True))
+    assert devices.known_faults(CPU, precision) == []
+
+
+# Sizes -------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("free", "expected"),
+    [(10**6, 2**23), (8e9, 2**25), (24e9, 2**27), (80e9, 2**29), (180e9, 2**29)],  # / 128, a power of two
+)
+def test_sizes_follow_the_free_memory_of_a_gpu(monkeypatch, free, expected):
+    monkeypatch.setattr(devices, "free_memory", lambda device: int(free))
+    devices.values_at_once.cache_clear()
+    assert devices.values_at_once(GPU, 2**23) == expected
+    assert devices.values_at_once(CPU, 2**23) == 2**23
+    devices.values_at_once.cache_clear()
+
+
+def test_free_memory_is_what_the_card_and_the_allocator_have(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (1000, 5000))
+    monkeypatch.setattr(torch.cuda, "memory_reserved", lambda device: 300)
+    monkeypatch.setattr(torch.cuda, "memory_allocated", lambda device: 100)
+    assert devices.free_memory(GPU) == 1000 + 300 - 100
+
+
+@pytest.mark.parametrize("name", ["modelA24", "modelB3", "modelC2", "modelD5"])
+def test_largest_output_is_that_of_the_first_convolution(name):
+    grid = (112, 113, 114)
+    with torch.device("meta"):  # shapes alone
+        model = models.build_model(name, grid).eval()
+        values, sizes = torch.empty(1, 1, *grid), []
+        for layer in model.features:
+            values = layer(values)
+            sizes.append(values.numel())
+    assert models.largest_output(name, grid) == max(sizes) == sizes[0]
+
+
+def test_batches_that_a_gpu_cannot_count_are_refused():
+    """modelB52, five scans of the published grid: 52 * 191 * 227 * 191 * 5 = 2.153e9 > 2^31 = 2.147e9."""
+    per_scan = models.largest_output("modelB52", models.PUBLISHED_GRID)
+    assert per_scan == 52 * 191 * 227 * 191
+    devices.check_batch(4, per_scan, GPU)
+    devices.check_batch(5, per_scan, CPU)
+    devices.check_batch(5, models.largest_output("modelB48", models.PUBLISHED_GRID), GPU)
+    with pytest.raises(InputError, match=r"--batch 5: .* the largest batch that works is 4"):
+        devices.check_batch(5, per_scan, GPU)
+    with pytest.raises(InputError, match="no batch works"):
+        devices.check_batch(1, 2**31, GPU)
+
+
+# Networks, wherever they run ---------------------------------------------------------------------
+
+# Sums of some 1000 products in float32; the gradients' come from a whole grid, and lose a digit more
+CLOSE = {torch.float64: 1e-10, torch.float32: 1e-4}
+
+
+@over_places
+@over_cases
+def test_forward_pass_is_that_of_the_layers(place: Place, case: Case):
+    model, volume = random_network(case), random_volume(case, 2)
+    with torch.no_grad():
+        expected = model.classifier(model.features(volume).flatten(1))
+        for dtype in (torch.float64, torch.float32):
+            found = place.do(lambda there, scans: there(scans), model.to(dtype), volume.to(dtype))
+            assert difference(found, expected) < CLOSE[dtype]
+
+
+def step(dtype: torch.dtype):
+    """The gradients of a training step in some precision, as a function of model, volume and label."""
+
+    def gradients(model: models.CNN3d, volume: Tensor, label: Tensor) -> Tensor:
+        return selfcheck.gradients(model, volume, label, dtype)
+
+    return gradients
+
+
+@over_places
+@pytest.mark.parametrize("family", models.FAMILIES)
+def test_training_step_is_that_of_the_layers(place: Place, family: str):
+    """In float64, float32 and bfloat16; the whole gradient, as rounding moves single winners of a pool.
+
+    bfloat16 holds 8 bits, through up to five blocks: the direction is kept, single numbers are coarse. The
+    stand-in has no autocast of its own.
+    """
+    edge = models.smallest_edge(family)
+    model, volume = selfcheck.lively_network(f"model{family}2", (edge, edge + 1, edge + 2))
+    label = torch.tensor([0, 1])
+    exact = selfcheck.plain_gradients(copy.deepcopy(model).double(), volume.double(), label)
+    # the loss is a float32 number in any case, and so is its gradient
+    bounds = {torch.float64: (1e-4, 1.0), torch.float32: (0.02, 1.0), torch.bfloat16: (0.7, 0.8)}
+    for dtype, (far, along) in bounds.items():
+        if dtype == torch.float64 and place.kind == "mps":
+            continue
+        wide = dtype == torch.float64
+        there = (copy.deepcopy(model).double(), volume.double()) if wide else (model, volume)
+        precision = torch.float32 if wide else dtype
+        found = place.do(step(precision), *there, label)
+        assert (found - exact).norm() < far * exact.norm(), dtype
+        assert F.cosine_similarity(found, exact, dim=0) > along - 1e-3, dtype
+
+
+@over_places
+def test_an_epoch_of_training_and_its_scores(place: Place):
+    """What train_cv.py does with a network: loaders, losses, weights and predictions, on any device."""
+    case = CASES["B"]
+    model, scans = random_network(case).float(), random_volume(case, 5).float()
+    model.classifier[2].p = 0.0  # drawn otherwise on every device
+    batches = TensorDataset(scans, torch.tensor([0, 1, 1, 0, 1]))
+
+    def trained(network: models.CNN3d) -> Tensor:
+        network = network.train()
+        optimiser = torch.optim.Adam(network.parameters(), lr=1e-3)
+        loader = DataLoader(batches, 2)
+        losses = [train_cv.train_epoch(network, loader, optimiser, torch.float32, "") for _ in range(2)]
+        kept = train_cv.weights(network)
+        assert all(values.device == CPU for values in kept.values())
+        return torch.tensor([*losses, *train_cv.evaluate(network, loader)])
+
+    expected = PLACES["cpu"].do(trained, model)
+    assert expected[0] > expected[1] > 0
+    # float32 through two epochs of Adam
+    torch.testing.assert_close(place.do(trained, model), expected, rtol=1e-3, atol=1e-3)
+
+
+def test_a_loss_is_looked_at_once_per_step(monkeypatch):
+    """Every look waits for the GPU; and the look comes once the next step is on its way."""
+    events: list[str] = []
+
+    class Loss:
+        """A loss that notes what is done with it."""
+
+        def __init__(self, value: Tensor) -> None:
+            self.value = value
+
+        def backward(self) -> None:
+            events.append("step")
+
+        def detach(self) -> "Loss":
+            return self
+
+        def item(self) -> float:
+            events.append("look")
+            return self.value.item()
+
+    monkeypatch.setattr(F, "cross_entropy", lambda logits, label: Loss(label.float().mean()))
+    model = random_network(CASES["one block"]).float()
+    scans = random_volume(CASES["one block"], 3).float()
+    loader = DataLoader(TensorDataset(scans, torch.tensor([1, 0, 1])), 1)
+    loss = train_cv.train_epoch(model, loader, torch.optim.Adam(model.parameters()), torch.float32, "")
+    assert events == ["step", "step", "look", "step", "look", "look"]
+    assert loss == pytest.approx(2 / 3)
+
+
+# The self-check ----------------------------------------------------------------------------------
+
+
+def test_this_cpu_computes_what_it_should():
+    checks = list(selfcheck.checks(CPU, "modelB2", ["fp32", "bf16"]))
+    assert [(check.work, check.precision) for check in checks] == [
+        ("forward pass", "fp32"), ("LRP", "fp32"), ("IG", "fp32"), ("GGC", "fp32"),
+        ("training gradients", "fp32"), ("training gradients", "bf16"),
+    ]  # fmt: skip
+    assert all(check.right and check.difference > 0 for check in checks)
+    selfcheck.require_right(CPU)
+
+
+def test_a_convolution_that_lies_is_found(monkeypatch):
+    """As on MPS in 2026: no error, no NaN, other numbers. Here it forgets the kernel's last plane."""
+    truth = F.conv3d
+
+    def lying(inputs: Tensor, weight: Tensor, *rest: object, **options: object) -> Tensor:
+        if weight.dtype == torch.float32:
+            weight = torch.cat([weight[:, :, :-1], torch.zeros_like(weight[:, :, -1:])], 2)
+        return truth(inputs, weight, *rest, **options)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(F, "conv3d", lying)
+    with pytest.raises(InputError, match=r"wrong values there \(forward pass off by .*use --device cpu"):
+        selfcheck.require_right(CPU)
+
+
+@pytest.mark.parametrize("work", ["LRP", "IG", "GGC"])
+def test_a_map_that_is_wrong_or_zero_is_found(monkeypatch, work):
+    right = selfcheck.MAPS[work]
+
+    def wrong(model: models.CNN3d, volume: Tensor, target: Tensor) -> Tensor:
+        found = right(model, volume, target)
+        return found * 1.2 if volume.dtype == torch.float32 else found
+
+    monkeypatch.setitem(selfcheck.MAPS, work, wrong)
+    with pytest.raises(InputError, match=f"wrong values there .{work} off by 0.2"):
+        selfcheck.require_right(CPU)
+    monkeypatch.setitem(selfcheck.MAPS, work, lambda model, volume, target: torch.zeros_like(volume))
+    with pytest.raises(InputError, match=f"{work} off by nan"):
+        selfcheck.require_right(CPU)
+
+
+def test_an_operation_that_is_missing_is_one_line(monkeypatch):
+    def missing(*_: object) -> Tensor:
+        raise NotImplementedError("The operator 'aten::max_pool3d_with_indices' is not implemented for MPS")
+
+    monkeypatch.setitem(selfcheck.MAPS, "LRP", missing)
+    with pytest.raises(InputError, match=r"cannot run the networks \(The operator .*use --device cpu"):
+        selfcheck.require_right(CPU)
+
+
+def test_mps_is_checked_before_it_is_used_and_warnings_are_said(monkeypatch, capsys):
+    checked: list[torch.device] = []
+    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: True)
+    monkeypatch.setattr(selfcheck, "require_right", checked.append)
+    assert selfcheck.open_device("mps") == torch.device("mps")
+    assert checked == [torch.device("mps")]
+    monkeypatch.setattr(devices, "known_faults", lambda device, precision: [f"broken in {precision}"])
+    selfcheck.open_device("cpu", "bf16")
+    assert checked == [torch.device("mps")]
+    assert capsys.readouterr().err == "warning: broken in bf16; `make device` checks this machine\n"
+
+
+def test_synchronise_waits_for_a_gpu(monkeypatch):
+    waited: list[str] = []
+    module = SimpleNamespace(synchronize=lambda: waited.append("mps"))
+    monkeypatch.setattr(torch, "get_device_module", lambda device: module)
+    selfcheck.synchronise(CPU)
+    assert waited == []
+    selfcheck.synchronise(torch.device("mps"))
+    assert waited == ["mps"]

@@ -1,0 +1,94 @@
+"""memory.py: what a process may still take, where the kernel and schedulers say so."""
+
+import os
+from pathlib import Path
+
+import pytest
+
+import memory
+
+GB = 10**9
+
+
+def machine(root: Path, free: int = 100 * GB, held: int = 0, groups: str = "") -> Path:
+    """A /proc with so many bytes free on the machine, and held by this process."""
+    files = {
+        "meminfo": f"MemTotal:       999999999 kB\nMemAvailable:   {free // 1024} kB\n",
+        "self/status": f"Name:\tpython3\nVmRSS:\t{held // 1024} kB\n",
+        "self/cgroup": groups,
+    }
+    for name, text in files.items():
+        (root / "proc" / name).parent.mkdir(parents=True, exist_ok=True)
+        (root / "proc" / name).write_text(text)
+    return root
+
+
+def group(folder: Path, version: int, limit: int | str, used: int, cached: int = 0) -> None:
+    """A control group's files; `cached` of what is used are files that the kernel would give back."""
+    folder.mkdir(parents=True, exist_ok=True)
+    word = "inactive_file" if version == 2 else "total_inactive_file"
+    contents = [str(limit), str(used), f"anon 1\n{word} {cached}\n"]
+    for name, text in zip([*memory.VERSIONS[version][:2], "memory.stat"], contents, strict=True):
+        (folder / name).write_text(f"{text}\n")
+
+
+def near(found: int, expected: float) -> bool:
+    return abs(found - expected) < 1024  # /proc counts in KiB
+
+
+def test_it_is_of_this_machine():
+    assert 0 < memory.available() <= os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+
+
+def test_what_the_machine_has_free(tmp_path):
+    assert near(memory.available(machine(tmp_path), {}), 100 * GB)
+
+
+@pytest.mark.parametrize("limited", ["job", "user", "top"])
+def test_the_least_of_all_groups_on_the_way_up(tmp_path, limited):
+    """Version 2: a batch system may set its limit on any of them."""
+    machine(tmp_path, groups="0::/user/job\n")
+    top = tmp_path / "sys/fs/cgroup"
+    for name, folder in {"job": top / "user/job", "user": top / "user", "top": top}.items():
+        group(folder, 2, 16 * GB if name == limited else "max", 6 * GB, cached=GB)
+    assert memory.available(tmp_path, {}) == (16 - 6 + 1) * GB
+
+
+def test_version_1(tmp_path):
+    """Its limits are huge numbers where there are none; other controllers and a second version are passed over."""
+    groups = "9:name=systemd:/\n4:memory:/slurm/uid_1/job_2\n2:cpu,cpuacct:/\n0::/\n"
+    machine(tmp_path, groups=groups)
+    top = tmp_path / "sys/fs/cgroup/memory"
+    group(top, 1, 9223372036854771712, 50 * GB)
+    group(top / "slurm/uid_1", 1, 9223372036854771712, 5 * GB)
+    group(top / "slurm/uid_1/job_2", 1, 8 * GB, 5 * GB)
+    group(tmp_path / "sys/fs/cgroup/cpu", 1, 1, 1)
+    assert memory.available(tmp_path, {}) == 3 * GB
+
+
+def test_a_container_sees_the_upper_end_of_its_path(tmp_path):
+    """Its own group is the root of what it sees, under the name that the host has for it."""
+    machine(tmp_path, groups="0::/docker/0123abcd\n")
+    group(tmp_path / "sys/fs/cgroup", 2, 4 * GB, GB)
+    assert memory.available(tmp_path, {}) == 3 * GB
+
+
+def test_a_group_that_is_full_leaves_nothing(tmp_path):
+    machine(tmp_path, groups="0::/\n")
+    group(tmp_path / "sys/fs/cgroup", 2, GB, 2 * GB)
+    assert memory.available(tmp_path, {}) == 0
+
+
+@pytest.mark.parametrize(
+    ("environment", "gigabytes"),
+    [
+        ({"SLURM_MEM_PER_NODE": "8192"}, 8 * 1.073741824),
+        ({"SLURM_MEM_PER_CPU": "2048", "SLURM_CPUS_ON_NODE": "4"}, 8 * 1.073741824),
+        ({"SLURM_MEM_PER_CPU": "2048"}, 2 * 1.073741824),
+        ({"SLURM_MEM_PER_NODE": "0"}, 101),  # all of the node
+        ({"SLURM_MEM_PER_NODE": "n/a"}, 101),
+    ],
+)
+def test_what_slurm_granted_less_what_is_held(tmp_path, environment, gigabytes):
+    found = memory.available(machine(tmp_path, held=GB), environment)
+    assert near(found, (gigabytes - 1) * GB)

@@ -1,6 +1,7 @@
 # make demo       a cohort, five networks, their maps, an SVM, and how all agree with the truth: under demo/
 # make demo-null  the same people without any planted loss: what is left is chance
 # make bench      speed and memory against the published way, about 17 minutes; bench-quick: 2 minutes
+# make device DEVICE=0  what a device computes, against float64 on the CPU, and whether it waits for scans
 # make slopes     how time and memory grow with subjects, steps and voxels, and the comparison at 1 mm, about 25 minutes
 # make torture    kills training, maps and a job array at random moments, and compares, about 9 minutes
 # make test       all tests
@@ -18,7 +19,7 @@ COHORT = --subjects 80 --voxel 2 --severity 2 --seed $(SEED)
 TRAIN := --model modelB8 --lr 1e-3 --wd 1e-3 --batch 4 --epochs 16 --patience 12
 # method + baseline
 MAPS := LRP+zero GGC+zero IG+zero IG+controls
-.PHONY: demo demo-null bench bench-quick slopes torture test fuzz lint clean
+.PHONY: demo demo-null bench bench-quick device slopes torture test fuzz lint clean
 
 demo demo-null: .venv/run
 	$(PY) simulate.py --outpath $(DEMO)/cohort $(COHORT) --overwrite
@@ -39,6 +40,10 @@ bench: .venv/run
 
 bench-quick: .venv/run
 	$(PY) bench/speed.py --profile --quick
+
+DEVICE := auto
+device: .venv/run
+	$(PY) bench/device.py --device $(DEVICE)
 
 slopes: .venv/run
 	$(PY) bench/slopes.py

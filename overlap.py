@@ -125,7 +125,7 @@ def _highest(method: Path) -> int:
 
 
 def zero_share(method: Path) -> float:
-    """The share of a METHOD's single maps that are zero everywhere, as its map.json says; NaN if it does not."""
+    """The share of a METHOD's single maps that are zero everywhere, from its map.json; NaN without one."""
     file = method / "map.json"
     record = storage.read_json(file) if file.exists() else {}
     with utils.naming(file):

@@ -157,8 +157,8 @@ def synchronise(device: torch.device) -> None:
 def lively_network(name: str, grid: tuple[int, int, int]) -> tuple[models.CNN3d, Tensor]:
     """A network as after training, and two scans (2, 1, X, Y, Z), zero around the head.
 
-    BatchNorm has statistics of these scans. What the last convolution and the linear layers weigh is positive,
-    so that no Grad-CAM, and no other map, is zero.
+    BatchNorm has statistics of these scans. The weights of the last convolution and the linear layers are
+    positive, so that no Grad-CAM, and no other map, is zero.
     """
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)

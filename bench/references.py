@@ -84,10 +84,18 @@ def _beta_rule(
     )
 
 
-def training_step(model: CNN3d, optimiser: torch.optim.Optimizer, volume: Tensor, label: Tensor) -> float:
-    """One plain fp32 step through the layers as they stand."""
+def training_step(
+    model: CNN3d,
+    optimiser: torch.optim.Optimizer,
+    volume: Tensor,
+    label: Tensor,
+    dtype: torch.dtype = torch.float32,
+) -> float:
+    """One plain step through the layers as they stand, in float32 or under PyTorch's autocast."""
     model.train()
-    loss = F.cross_entropy(model.classifier(model.features(volume).flatten(1)), label)
+    with torch.autocast(volume.device.type, dtype, enabled=dtype is not torch.float32):
+        logits = model.classifier(model.features(volume).flatten(1))
+    loss = F.cross_entropy(logits.float(), label)
     optimiser.zero_grad()
     loss.backward()
     optimiser.step()

@@ -13,6 +13,10 @@ of voxels that differ by more than 1e-5 of it: float32 rounds two ways of adding
 where two voxels of a pool's window nearly tie, the other one wins. For IG it is that of two steps
 without the one at alpha = 0, where the image is blank, all windows are tied, and autograd's winners are
 rounding noise. The difference of a training step is that of the first convolution's gradient.
+
+"with logits" is a map as heatmap.py makes it, with one forward pass before; the published way has its logits
+from the map's own. "autocast" is PyTorch's, bfloat16 on the plain network, beside our bf16: both are compared
+with the plain network in float32.
 """
 
 import argparse
@@ -35,10 +39,12 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import references
 
 import dataset
+import devices
 import ggc
 import ig
 import lrp
 import models
+import selfcheck
 import simulate
 import train_cv
 import utils
@@ -47,8 +53,11 @@ TARGETS = {  # work: at least so many times faster, at most this share of the me
     "IG, 100 steps": (10, 0.6),
     "IG, 100 steps, other baseline": (5, 1),
     "LRP": (6, 1 / 3),
+    "LRP with logits": (4, 0.6),
     "GGC": (4, 0.6),
+    "GGC with logits": (3, 0.9),
     "training step, bf16": (3, 0.6),
+    "training step, autocast": (np.nan, np.nan),  # nothing of ours
     "training step, fp32": (1.3, 1),
 }
 STEPS = (2, 10)  # of IG
@@ -67,6 +76,10 @@ def explain(work: str, side: str, model: models.CNN3d, volume: Tensor, steps: in
     """The map of one scan by one method, (1, 1, X, Y, Z)."""
     target = torch.ones(len(volume), dtype=torch.int64, device=volume.device)
     ours = side == "ours"
+    if ours and work.endswith("with logits"):
+        with torch.no_grad():
+            model(volume)
+    work = work.removesuffix(" with logits")
     if work == "LRP":
         return (lrp.lrp if ours else references.lrp)(model, volume, target)
     if work == "GGC":
@@ -79,17 +92,18 @@ def explain(work: str, side: str, model: models.CNN3d, volume: Tensor, steps: in
 def train(work: str, side: str, model: models.CNN3d, volume: Tensor, steps: int) -> Tensor:
     """Training steps on one scan; returns the gradient of the first convolution's weights in the last."""
     label = torch.ones(len(volume), dtype=torch.int64, device=volume.device)
-    if side == "reference":
+    if side == "reference" or work.endswith("autocast"):
+        dtype = torch.float32 if side == "reference" else torch.bfloat16
         optimiser = torch.optim.Adam(model.parameters(), lr=1e-4)
         for _ in range(steps):
-            references.training_step(model, optimiser, volume, label)
+            references.training_step(model, optimiser, volume, label, dtype)
     else:
-        model.to(memory_format=torch.channels_last_3d)  # type: ignore[call-overload]
+        model.to(memory_format=models.layout(volume.device))  # type: ignore[call-overload]
         optimiser = torch.optim.Adam(model.parameters(), lr=1e-4)
         # a generator of its own, so that both sides draw the same dropout
         loader = DataLoader(TensorDataset(volume, label), generator=torch.Generator())
         for _ in range(steps):
-            train_cv.train_epoch(model, loader, optimiser, train_cv.PRECISIONS[work.split()[-1]], work)
+            train_cv.train_epoch(model, loader, optimiser, devices.PRECISIONS[work.split()[-1]], work)
     gradient = model.blocks()[0].conv.weight.grad
     assert gradient is not None
     return gradient
@@ -103,10 +117,10 @@ def measure(work: str, side: str, model: models.CNN3d, volume: Tensor) -> tuple[
     def timed(steps: int) -> tuple[float, Tensor]:
         model.load_state_dict(weights)
         torch.manual_seed(0)  # of dropout
-        synchronise(volume.device)
+        selfcheck.synchronise(volume.device)
         begin = time.perf_counter()
         result = do(work, side, model, volume, steps)
-        synchronise(volume.device)
+        selfcheck.synchronise(volume.device)
         return time.perf_counter() - begin, result
 
     if not work.startswith("IG"):
@@ -120,12 +134,6 @@ def measure(work: str, side: str, model: models.CNN3d, volume: Tensor) -> tuple[
     many, _ = timed(STEPS[1])
     slope = (many - few) / (STEPS[1] - STEPS[0])
     return few + (100 - STEPS[0]) * slope, result
-
-
-def synchronise(device: torch.device) -> None:
-    """Wait until a GPU has done what it was given."""
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
 
 
 def peak_memory(device: torch.device) -> int:
@@ -145,7 +153,7 @@ def costliest(work: str, model: models.CNN3d, volume: Tensor) -> str:
         (train if work.startswith("training") else explain)(
             work, "ours", model, volume, 1 if work.startswith("training") else STEPS[1]
         )
-        synchronise(volume.device)
+        selfcheck.synchronise(volume.device)
 
     def cost(event: Any) -> float:
         return event.self_device_time_total if cuda else event.self_cpu_time_total
@@ -208,11 +216,13 @@ def compare(
     for name in models_:
         run("weights", "", name)
         former: dict[str, Any] = {}
+        done = ""  # the work of the reference that was run last
         for work, (faster, smaller) in TARGETS.items():
             if work not in chosen:
                 continue
-            if not (former and work == "training step, fp32"):  # bf16's reference is the same
-                former = run(work, "reference", name)
+            published = "training step" if work.startswith("training") else work.removesuffix(" with logits")
+            if published != done:
+                former, done = run(work, "reference", name), published
             ours = run(work, "ours", name)
             there, here = (np.load(scan.with_name(f"{side}.npy")) for side in ("reference", "ours"))
             yield {
@@ -280,7 +290,7 @@ def get_parser() -> argparse.ArgumentParser:
 def main(argv: list[str] | None = None) -> int:
     """Simulate a scan, do every piece of work both ways, print one table."""
     args = get_parser().parse_args(argv)
-    device = utils.resolve_device(args.device)
+    device = selfcheck.open_device(args.device)
     if args.worker:
         work, side, name, scan = args.worker
         worker(work, side, name, Path(scan), device, args.profile)

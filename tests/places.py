@@ -46,7 +46,7 @@ class Place(NamedTuple):
         devices.values_at_once.cache_clear()
 
     def do(self, work: Callable[..., Tensor], model: CNN3d, *arguments: Any) -> Tensor:
-        """work(model, *arguments) on the device, with a copy of the model; its result on the CPU in float64."""
+        """work(model, *arguments) on the device, of a copy of the model; the result on the CPU, in float64."""
         with self.entered() as device:
             there = copy.deepcopy(model)
             there = self.placed(there.float() if self.kind == "mps" else there, device)

@@ -1,8 +1,8 @@
 """A GPU's stand-in, for machines without one: CPU tensors that pass for a device's and refuse to be mixed.
 
-What a GPU computes it cannot tell. But every branch that asks for a tensor's device takes the GPU's way, with
-the numbers of a CPU, and what a GPU would refuse is refused: operations on tensors of two devices, numpy arrays
-of its memory, and on MPS float64.
+What a GPU computes it cannot tell. But every branch that asks for a tensor's device takes the GPU's way,
+with the numbers of a CPU, and what a GPU would refuse is refused: operations on tensors of two devices,
+numpy arrays of its memory, and on MPS float64.
 """
 
 from collections.abc import Callable

@@ -1,6 +1,7 @@
 """dataset.py: the CSV, the checks of scans, scaling, caches and folds."""
 
 import contextlib
+import os
 import pickle
 import shutil
 from pathlib import Path
@@ -513,7 +514,7 @@ def test_gpu_cache_that_cannot_be(tmp_path, monkeypatch):
     with pytest.raises(InputError, match="--cache gpu: the device is cpu, expected a GPU of CUDA"):
         dataset.open_scans(table, grid, "gpu", tmp_path / "cache", 2)
     monkeypatch.setattr("devices.free_memory", lambda device: 5 * 10**3)
-    with pytest.raises(InputError, match="the scans take 0.0 GB, cuda:0 has 0.0 GB free"):
+    with pytest.raises(InputError, match=r"the scans take 0\.0 GB, cuda:0 has 0\.0 GB free"):
         dataset.open_scans(table, grid, "gpu", tmp_path / "cache", 2, GPU)
 
 

@@ -1,4 +1,4 @@
-"""devices.py and selfcheck.py: choosing a device, what is known of it, and whether it computes what it should."""
+"""devices.py and selfcheck.py: choosing a device, what is known of it, whether it computes what it should."""
 
 import copy
 from collections.abc import Iterator

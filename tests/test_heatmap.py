@@ -400,7 +400,8 @@ def test_random_weights(run, csv, tmp_path, capsys):
         # statistics added up in another order, float32 through five blocks; single winners may differ
         assert np.linalg.norm(first - direct) < 1e-2 * np.linalg.norm(direct)
     record = json.loads((folder / "map.json").read_text())
-    assert record["weights_sha256"]["0"] == "random, seed 3, BatchNorm of 4 training scans"
+    trained_on = len(read_table(run / "folds.csv").query("role == 'train' and fold == 0"))
+    assert record["weights_sha256"]["0"] == f"random, seed 3, BatchNorm of {trained_on} training scans"
     assert not torch.allclose(*(untrained(3, fold, csv, run).features[0].weight for fold in range(K)))
     capsys.readouterr()
     assert explain("LRP", bare, tmp_path, *options) == 0

@@ -55,7 +55,7 @@ def test_the_least_of_all_groups_on_the_way_up(tmp_path, limited):
 
 
 def test_version_1(tmp_path):
-    """Its limits are huge numbers where there are none; other controllers and a second version are passed over."""
+    """Its limits are huge numbers where there are none; other controllers, and version 2, are passed over."""
     groups = "9:name=systemd:/\n4:memory:/slurm/uid_1/job_2\n2:cpu,cpuacct:/\n0::/\n"
     machine(tmp_path, groups=groups)
     top = tmp_path / "sys/fs/cgroup/memory"

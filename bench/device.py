@@ -1,0 +1,137 @@
+#!/usr/bin/env python3
+"""Check a device: what it computes, against float64 on the CPU; how fast; and whether it waits for scans.
+
+    python3 bench/device.py --device 0          (or: make device DEVICE=0)
+    python3 bench/device.py --device cpu
+
+A small network of every family, on the smallest scans it takes: forward pass, LRP, IG (one step), guided
+Grad-CAM, and the gradients of a training step in every precision that the device has. `difference` is
+|found - exact| / |exact|; a row is wrong where it is larger than `at most` (`selfcheck.TOLERANCES` says why).
+Then a few epochs of training on simulated scans: the share of the time that the loop waited for scans.
+Status 1 where a row is wrong.
+"""
+
+import argparse
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pandas as pd
+import torch
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+import dataset
+import devices
+import models
+import selfcheck
+import simulate
+import train_cv
+import utils
+
+EPOCHS = 3  # the first one warms up
+
+
+class Timed:
+    """A loader, and the seconds that were spent in waiting for its batches."""
+
+    def __init__(self, loader: dataset.Loader) -> None:
+        self.loader, self.dataset, self.seconds = loader, loader.dataset, 0.0
+
+    def __len__(self) -> int:
+        return len(self.loader)
+
+    def __iter__(self) -> Iterator:
+        batches = iter(self.loader)
+        while True:
+            begin = time.perf_counter()
+            batch = next(batches, None)
+            self.seconds += time.perf_counter() - begin
+            if batch is None:
+                return
+            yield batch
+
+
+def precisions(device: torch.device) -> list[str]:
+    """The precisions that a device has."""
+    having = []
+    for name in devices.PRECISIONS:
+        try:
+            devices.set_precision(device, name)
+            having.append(name)
+        except utils.InputError:
+            pass
+    return having
+
+
+def check_numbers(device: torch.device, names: list[str]) -> Iterator[dict[str, object]]:
+    """The rows of the table: every network, every piece of work."""
+    for name in names:
+        for check in selfcheck.checks(device, name, precisions(device)):
+            yield {
+                "network": check.model,
+                "work": check.work,
+                "precision": check.precision,
+                "difference": check.difference,
+                "at most": check.tolerance,
+                "s": check.seconds,
+                "GB": check.bytes / 1e9 if check.bytes else float("nan"),
+                "verdict": "right" if check.right else "WRONG",
+            }
+
+
+def share_of_waiting(device: torch.device, name: str, subjects: int, voxel: float, cache: str) -> str:
+    """Train on a simulated cohort for a few epochs; say how much of the time went into waiting for scans."""
+    with tempfile.TemporaryDirectory() as folder:
+        simulate.main(["--outpath", folder, "--subjects", str(subjects), "--voxel", str(voxel)])
+        table = dataset.read_csv(Path(folder) / "data.csv")
+        grid = dataset.check_grid(table)
+        scans = dataset.open_scans(table, grid, cache, Path(folder) / "cache", 2, device)
+        model, optimiser = train_cv.new_training(name, grid, device, lr=1e-4, wd=1e-4, seed=0, fold=0)
+        loader = Timed(dataset.loader(scans, list(range(len(scans))), 4, 2, 0, device))
+        for epoch in range(EPOCHS):
+            if epoch == 1:
+                loader.seconds, begin = 0.0, time.perf_counter()
+            train_cv.train_epoch(model, loader, optimiser, torch.float32, "")  # type: ignore[arg-type]
+        selfcheck.synchronise(device)
+        seconds = time.perf_counter() - begin
+    steps = (EPOCHS - 1) * len(loader)
+    shape = "x".join(map(str, grid.shape))
+    return (
+        f"training, {name}, 4 of {subjects} scans of {shape} a step: {seconds / steps:.3g} s a step, "
+        f"{loader.seconds / seconds:.1%} of it waiting for scans"
+    )
+
+
+def get_parser() -> argparse.ArgumentParser:
+    """The options of this command."""
+    parser = utils.ArgumentParser(__doc__)
+    add = parser.add_argument
+    add("--device", default="auto", help="as in train_cv.py")
+    add("--model", nargs="+", default=[f"model{family}4" for family in models.FAMILIES], help="networks")
+    add("--training-model", default="modelB8", help="network of the training run")
+    add("--subjects", type=utils.number(int, at_least=4), default=16, help="simulated scans to train on")
+    add("--voxel", type=utils.number(float, above=0), default=2, help="their voxels, mm")
+    add("--cache", choices=dataset.CACHES, default="auto", help="where they are kept, as in train_cv.py")
+    return parser
+
+
+@utils.command("nothing is saved")
+def main(argv: list[str] | None = None) -> int:
+    """Check the numbers, print the table, train for a moment."""
+    args = get_parser().parse_args(argv)
+    utils.hold_memory()
+    device = selfcheck.open_device(args.device)
+    rows = pd.DataFrame(check_numbers(device, args.model))
+    described = ", ".join(f"{key} {value}" for key, value in devices.describe(device).items())
+    print(f"{described}; PyTorch {torch.__version__}\n")
+    print(rows.to_string(index=False, float_format="{:.2g}".format, na_rep=""), "\n")
+    print(share_of_waiting(device, args.training_model, args.subjects, args.voxel, args.cache))
+    wrong = (rows["verdict"] != "right").sum()
+    print(f"{wrong} of {len(rows)} rows are WRONG: do not use this device" if wrong else "all rows are right")
+    return int(wrong > 0)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

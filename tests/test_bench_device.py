@@ -1,0 +1,67 @@
+"""bench/device.py: what a user runs first on a new card."""
+
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from cohorts import only_error
+from torch import Tensor
+
+import selfcheck
+
+sys.path.append(str(Path(selfcheck.__file__).parent / "bench"))
+import device as bench
+
+QUICK = ["--device", "cpu", "--model", "modelB2", "--training-model", "modelB1", "--subjects", "4"]
+
+
+def test_a_device_that_is_right(capsys):
+    assert bench.main(QUICK) == 0
+    lines = capsys.readouterr().out.splitlines()
+    rows = [line.split() for line in lines if line.strip().startswith("modelB2")]
+    assert [row[-1] for row in rows] == ["right"] * 6
+    assert [row[1] for row in rows] == ["forward", "LRP", "IG", "GGC", "training", "training"]
+    assert {row[-5] for row in rows[4:]} == {"fp32", "bf16"}
+    assert lines[-1] == "all rows are right"
+    assert "4 of 4 scans of 97x115x97 a step" in lines[-2]
+    assert any(line.startswith("name cpu, ") for line in lines)
+
+
+def test_a_device_that_is_wrong(monkeypatch, capsys):
+    def wrong(model: torch.nn.Module, volume: Tensor, target: Tensor) -> Tensor:
+        return volume * (1 + (volume.dtype == torch.float32))
+
+    monkeypatch.setitem(selfcheck.MAPS, "GGC", wrong)
+    assert bench.main(QUICK) == 1
+    lines = capsys.readouterr().out.splitlines()
+    (row,) = (line.split() for line in lines if "WRONG" in line and "modelB2" in line)
+    assert row[1] == "GGC"
+    assert float(row[3]) == pytest.approx(1)
+    assert lines[-1].startswith("1 of 6 rows are WRONG")
+
+
+def test_a_device_that_is_not_there(capsys):
+    assert bench.main(["--device", str(torch.cuda.device_count())]) == 2
+    assert "--device" in only_error(capsys.readouterr().err)
+
+
+def test_waiting_is_what_the_loader_takes(tmp_path, monkeypatch):
+    """A loader that sleeps makes the loop wait as long; one that has all at hand does not."""
+    clock = [0.0]
+    monkeypatch.setattr(bench.time, "perf_counter", lambda: clock[0])
+
+    class Slow:
+        """Three batches, two seconds each."""
+
+        dataset = range(3)
+
+        def __iter__(self):
+            for number in range(3):
+                clock[0] += 2
+                yield number
+
+    loader = bench.Timed(Slow())  # type: ignore[arg-type]
+    for _ in loader:
+        clock[0] += 5  # the step
+    assert loader.seconds == 6

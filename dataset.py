@@ -248,7 +248,7 @@ class Scans(Dataset):
         total = self[rows[0]][0][0].double()
         for row in rows[1:]:
             total += self[row][0][0]
-        return (total / len(rows)).float().numpy()
+        return (total / len(rows)).float().cpu().numpy()
 
     def __len__(self) -> int:
         return len(self.files)
@@ -289,8 +289,9 @@ def open_scans(
         table: from `read_csv`.
         grid: from `check_grid`.
         cache: "gpu", in the memory of `device`; "ram"; "disk", one memory-mapped file in `folder`, reused as
-            long as no scan changes; "none", decode again at every use; "auto", as `choose_cache` says;
-            "reuse", a disk cache that is there, else none.
+            long as no scan changes; "none", decode again at every use; "auto", on the GPU where they
+            take at most half of its free memory, else in a disk cache that is there, else as `choose_cache`
+            says; "reuse", a disk cache that is there, else none.
         folder: where a disk cache lies.
         workers: threads that decode.
         device: what the scans are read for.
@@ -325,7 +326,11 @@ def open_scans(
         if kept is not None:
             kept[row] = torch.from_numpy(volume)
 
-    _report(_decode(table["file"], keep, workers), table)
+    if kept is not None and _is_whole(stored, size):  # decoded and checked before
+        for row, volume in enumerate(np.memmap(stored, np.float32, "c", shape=shape)):
+            keep(row, volume)
+    else:
+        _report(_decode(table["file"], keep, workers), table)
     return Scans(table, kept.numpy() if kept is not None and cache == "ram" else kept)
 
 
@@ -336,8 +341,8 @@ class ReadAhead:
     same generator.
     """
 
-    def __init__(self, order: DataLoader, dataset: Subset, workers: int, pinned: bool) -> None:
-        self.order, self.dataset, self.workers, self.pinned = order, dataset, max(workers, 1), pinned
+    def __init__(self, order: DataLoader, dataset: Subset, workers: int, device: torch.device) -> None:
+        self.order, self.dataset, self.workers, self.device = order, dataset, max(workers, 1), device
 
     @property
     def generator(self) -> torch.Generator | None:
@@ -349,18 +354,22 @@ class ReadAhead:
 
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
         coming: deque[Future] = deque()
-        with ThreadPoolExecutor(self.workers) as pool:
+        pool = ThreadPoolExecutor(self.workers, initializer=devices.adopt, initargs=(self.device,))
+        try:
             for numbers in self.order:
                 coming.append(pool.submit(self._gather, numbers.tolist()))
                 if len(coming) > self.workers:
                     yield coming.popleft().result()
             while coming:
                 yield coming.popleft().result()
+        finally:
+            pool.shutdown(cancel_futures=True)  # after Ctrl-C, too
 
     def _gather(self, numbers: list[int]) -> tuple[Tensor, Tensor]:
         """One batch: volumes (B, 1, X, Y, Z) and labels (B,)."""
         volumes, labels = zip(*(self.dataset[number] for number in numbers), strict=True)
-        batch = torch.empty((len(volumes), *volumes[0].shape), pin_memory=self.pinned)
+        pinned = self.device.type == "cuda"
+        batch = torch.empty((len(volumes), *volumes[0].shape), pin_memory=pinned)
         return torch.stack(volumes, out=batch), torch.tensor(labels)
 
 
@@ -377,9 +386,9 @@ def loader(
 ) -> Loader:
     """Batches of some scans for a device: shuffled where there is a seed, else in the order of `rows`.
 
-    For a CPU `workers` processes read ahead, but not where scans are kept in memory: they are at hand, and a
-    process between would copy them once more. For a GPU of CUDA threads do (`ReadAhead`), but not where the
-    scans are kept there.
+    For CUDA, `workers` threads read ahead (`ReadAhead`), but not where the scans are kept on the GPU. Else
+    `workers` processes do, but not where the scans are kept in memory: they are at hand, and a process would
+    copy them once more.
     """
     chosen = Subset(scans, rows)
     ahead = device.type == "cuda" and not scans.on_gpu
@@ -391,7 +400,7 @@ def loader(
         num_workers=0 if ahead or scans.in_memory else workers,
         worker_init_fn=_ignore_signals,
     )
-    return ReadAhead(order, chosen, workers, pinned=True) if ahead else order
+    return ReadAhead(order, chosen, workers, device) if ahead else order
 
 
 def _ignore_signals(_: int) -> None:

@@ -2,6 +2,7 @@
 
 import functools
 import platform
+import re
 from collections.abc import Callable
 from math import log2
 from typing import NamedTuple
@@ -29,7 +30,7 @@ def resolve_device(name: str) -> torch.device:
     Raises:
         InputError: the device is not known or not there; an explicit choice never falls back.
     """
-    there = torch.cuda.device_count()
+    there = torch.cuda.device_count() if torch.cuda.is_available() else 0
     if name == "auto":
         name = "cuda" if there else "cpu"
     try:
@@ -47,12 +48,22 @@ def resolve_device(name: str) -> torch.device:
         number = f"{there} CUDA device{'s' * (there != 1)}"
         way_out = ", numbered from 0" if there else "; use --device cpu"
         raise InputError(f"--device {name}: this machine has {number}{way_out}")
-    torch.cuda.set_device(device)  # or what names no device, such as pinned memory, goes to the first one
+    try:
+        adopt(device)
+        torch.zeros(1, device=device)
+    except RuntimeError as problem:  # taken by another process, or too old or new for this PyTorch
+        raise InputError(f"--device {name}: cannot be used ({problem})") from problem
     return device
 
 
+def adopt(device: torch.device) -> None:
+    """Make a GPU the calling thread's own: what names no device, such as pinned memory, goes to the first."""
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+
+
 def set_precision(device: torch.device, precision: str) -> None:
-    """Make float32 mean float32 on a GPU, or TF32 where `precision` says so.
+    """Make float32 mean float32 on a GPU, or TF32 where `precision` says so; and cuDNN reproducible.
 
     Raises:
         InputError: the device does not have this precision.
@@ -61,6 +72,7 @@ def set_precision(device: torch.device, precision: str) -> None:
         raise InputError(f"--precision tf32: {describe(device)['name']} has no TF32; use fp32")
     if precision == "bf16" and device.type == "cuda" and not torch.cuda.is_bf16_supported(False):
         raise InputError(f"--precision bf16: {describe(device)['name']} has no bfloat16; use fp32")
+    torch.backends.cudnn.deterministic = True
     torch.backends.cudnn.allow_tf32 = precision == "tf32"  # PyTorch's own default is True
     torch.backends.cuda.matmul.allow_tf32 = precision == "tf32"
 
@@ -87,22 +99,30 @@ def _dotted(version: int) -> str:
 class Setup(NamedTuple):
     """What a fault may depend on."""
 
-    torch: tuple[int, int]  # (2, 13)
+    torch: tuple[int, ...]  # (2, 13, 0)
     cudnn: int  # 91002 is 9.10.2
     capability: tuple[int, int]  # (9, 0) is an H100's or H200's
     precision: str
 
 
+def _doubtful(cudnn: int) -> bool:
+    """Whether it is one of the versions whose 3D convolutions in bfloat16 PyTorch avoids since 2.9.1."""
+    return 90_800 <= cudnn < 91_500
+
+
 FAULTS: dict[str, Callable[[Setup], bool]] = {
-    "cuDNN 9.8 to 9.12 can return wrong 3D convolutions in bfloat16 (pytorch#163539); update cuDNN":
-        lambda s: s.precision == "bf16" and 90_800 <= s.cudnn < 91_300,
-    "PyTorch 2.9 bypasses cuDNN for 3D convolutions in bfloat16, slowly and in three times the memory "
+    "cuDNN 9.8 to 9.14 can return wrong 3D convolutions in bfloat16 (pytorch#163539); install 9.15 or later":
+        lambda s: s.precision == "bf16" and s.torch < (2, 9) and _doubtful(s.cudnn),
+    "PyTorch 2.9.0 bypasses cuDNN for 3D convolutions in bfloat16, slowly and in three times the memory "
     "(pytorch#166643); update PyTorch":
-        lambda s: s.precision == "bf16" and s.torch == (2, 9),
+        lambda s: s.precision == "bf16" and s.torch == (2, 9, 0),
+    "PyTorch bypasses cuDNN 9.8 to 9.14 for 3D convolutions in bfloat16, slowly and in three times the "
+    "memory (pytorch#166643); install cuDNN 9.15 or later":
+        lambda s: s.precision == "bf16" and s.torch > (2, 9, 0) and _doubtful(s.cudnn),
     "cuDNN 9.10.2 to 9.15 has a broken 3D convolution in TF32 (pytorch#167024); use --precision fp32":
         lambda s: s.precision == "tf32" and 91_002 <= s.cudnn < 91_600,
     "wrong gradients of cuDNN were reported for such cards with PyTorch 2.6 (pytorch#150700); update PyTorch":
-        lambda s: s.capability == (9, 0) and s.torch <= (2, 6),
+        lambda s: s.capability == (9, 0) and s.torch < (2, 7),
 }  # fmt: skip
 
 
@@ -110,9 +130,9 @@ def known_faults(device: torch.device, precision: str) -> list[str]:
     """The known faults of the versions at hand, a line each; none but on CUDA."""
     if device.type != "cuda":
         return []
-    release = torch.__version__.split(".")
+    release = tuple(int(number) for number in re.findall(r"\d+", torch.__version__)[:3])
     capability, cudnn = torch.cuda.get_device_capability(device), torch.backends.cudnn.version() or 0
-    setup = Setup((int(release[0]), int(release[1])), cudnn, capability, precision)
+    setup = Setup(release, cudnn, capability, precision)
     return [fault for fault, applies in FAULTS.items() if applies(setup)]
 
 
@@ -135,7 +155,7 @@ def values_at_once(device: torch.device, on_cpu: int) -> int:
     if device.type != "cuda":
         return on_cpu
     fitting = 2 ** int(log2(max(free_memory(device) // (32 * 4), 1)))
-    return min(max(fitting, on_cpu), LARGEST_CHUNK)
+    return min(fitting, LARGEST_CHUNK)
 
 
 def check_batch(batch: int, per_scan: int, device: torch.device) -> None:

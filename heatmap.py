@@ -52,7 +52,8 @@ MEANS = ["map_all.nii.gz", "map_all.png", "mean_scan.nii.gz"]  # of all folds
 PER_FOLD = ["map_f{}.nii.gz", "baseline_f{}.nii.gz", "subjects/f{}_*.nii.gz"]
 WRITTEN = ["map.json", "subjects.csv", *(name.format("*") for name in PER_FOLD), *MEANS]
 SUBJECT_COLUMNS = ["fold", *dataset.COLUMNS, "predicted", "target", "prob_target", "sum", "residual", "zero"]
-MADE = ("weights_sha256", "scans_per_fold", "zero_maps_per_fold")  # what map.json says of each finished fold
+# what map.json says of each finished fold
+MADE = ("weights_sha256", "scans_per_fold", "zero_maps_per_fold", "device_per_fold")
 
 
 def get_parser() -> argparse.ArgumentParser:
@@ -104,8 +105,8 @@ def check_weights(run: Run, modelpath: Path, folds: list[int], weights: str) -> 
 def digests(run: Run, modelpath: Path, weights: str, seed: int) -> dict[int, str]:
     """What tells the weights of every fold from others; folds without any are left out."""
     if weights == "random":
-        counts = {fold: len(calibration_rows(run, fold)) for fold in range(run.k)}
-        return {fold: f"random, seed {seed}, BatchNorm of {n} training scans" for fold, n in counts.items()}
+        counts = calibration_scans(run).items()
+        return {int(fold): f"random, seed {seed}, BatchNorm of {n} training scans" for fold, n in counts}
     paths = {fold: run.checkpoint(modelpath, fold) for fold in range(run.k)}
     return {fold: storage.sha256(path) for fold, path in paths.items() if path.exists()}
 
@@ -144,6 +145,11 @@ def calibration_rows(run: Run, fold: int) -> list[int]:
     train = dataset.rows(run.folds, fold, "train")
     count = min(len(train), CALIBRATION)
     return [train[number * len(train) // count] for number in range(count)]
+
+
+def calibration_scans(run: Run) -> dict[str, int]:
+    """How many scans of every fold statistics are estimated on."""
+    return {str(fold): len(calibration_rows(run, fold)) for fold in range(run.k)}
 
 
 # One fold ----------------------------------------------------------------------------------------
@@ -325,7 +331,7 @@ def read_subjects(folder: Path) -> pd.DataFrame:
         header = next(rows, None)
         if header == SUBJECT_COLUMNS[:-1]:
             raise utils.InputError(
-                "is of an earlier version, without the column zero; --overwrite starts again"
+                "is of an earlier version (no column zero); --overwrite without --run-folds starts again"
             )
         if header != SUBJECT_COLUMNS:
             raise utils.InputError(f"is damaged: expected the columns {', '.join(SUBJECT_COLUMNS)}")
@@ -339,20 +345,23 @@ def _subject(row: list[str]) -> list[Any]:
     """One row of subjects.csv; ValueError where a cell is not what its column holds."""
     fold, path, label, subject, predicted, target, *numbers, zero = row
     prob_target, total, residual = (float(number or "nan") for number in numbers)
+    if zero not in ("0", "1"):
+        raise ValueError(f"zero is '{zero}', expected 0 or 1")
     known = [int(fold), path, int(label), subject, int(predicted), int(target)]
     return [*known, prob_target, total, residual, int(zero)]
 
 
-def save_rows(folder: Path, fold: int, rows: pd.DataFrame, digest: str) -> None:
+def save_rows(folder: Path, fold: int, rows: pd.DataFrame, digest: str, device: dict[str, str]) -> None:
     """Enter a fold into subjects.csv, then into map.json, which says that it is finished."""
-    made = dict(zip(MADE, (digest, len(rows), int(rows["zero"].sum())), strict=True))
+    made = dict(zip(MADE, (digest, len(rows), int(rows["zero"].sum()), device), strict=True))
     with storage.locked(folder / storage.LOCK):
         others = read_subjects(folder)
         tables = [part for part in (others[others["fold"] != fold], rows) if len(part)]
         storage.write_csv(pd.concat(tables).sort_values("fold", kind="stable"), folder / "subjects.csv")
         record = storage.read_json(folder / "map.json")
         for name, value in made.items():
-            record[name] = storage.recorded({name: {}} | record, name, dict) | {str(fold): value}
+            entries = storage.recorded({name: {}} | record, name, dict) | {str(fold): value}
+            record[name] = dict(sorted(entries.items()))
         storage.write_json(record, folder / "map.json")
 
 
@@ -360,16 +369,15 @@ def start_maps(
     folder: Path,
     identity: dict[str, Any],
     about: dict[str, Any],
-    overwrite: Callable[[], list[str]],
-    device: torch.device,
+    overwrite: list[str],
 ) -> None:
     """Write map.json, with no fold finished where it is not there yet."""
     fresh: dict[str, Any] = {name: {} for name in MADE}
     with storage.locked(folder / storage.LOCK):
-        found = storage.start_folder(folder, "map.json", identity, WRITTEN, overwrite())
-        with utils.naming(folder / "map.json"):
-            made_with = storage.made_with(found, devices.describe(device))
-        storage.write_json(identity | fresh | found | made_with | about, folder / "map.json")
+        found = storage.start_folder(folder, "map.json", identity, WRITTEN, overwrite)
+        record = identity | fresh | {"versions": storage.versions()} | found | about
+        if record != found:  # none yet, or what it is about has moved
+            storage.write_json(record, folder / "map.json")
         if identity["options"]["save_subjects"]:
             storage.make_folder(folder / "subjects")
 
@@ -398,21 +406,14 @@ def finished_folds(folder: Path, weights: dict[int, str]) -> list[int]:
     ]
 
 
-def overwritten(folder: Path, overwrite: bool, run_folds: list[int] | None) -> list[str]:
-    """The patterns of what --overwrite removes: everything, or what belongs to --run-folds."""
-    if not overwrite:
-        return []
-    return storage.overwritten(folder, WRITTEN, PER_FOLD, MEANS, run_folds) if run_folds else WRITTEN
-
-
 def summary(subjects: pd.DataFrame) -> str:
     """How well the maps' sums keep their promise, and how many maps are all zero, as two lines."""
     residual, zero = subjects["residual"].dropna(), subjects.groupby("fold")["zero"]
     kept = f"median {residual.median():.2g}, worst {residual.max():.2g}"
-    per_fold = ", ".join(f"{n} of {scans}" for n, scans in zip(zero.sum(), zero.size(), strict=True))
+    counts = ", ".join(f"{flags.sum()} of {len(flags)} in fold {fold}" for fold, flags in zero)
     return (
         f"{len(subjects)} scans explained{'' if residual.empty else f'; residual of the sums: {kept}'}\n"
-        f"maps that are zero everywhere, fold by fold: {per_fold}"
+        f"maps that are zero everywhere: {counts}"
     )
 
 
@@ -435,15 +436,18 @@ def main(argv: list[str] | None = None) -> int:
     identity = {"method": args.method, "options": options, "model": run.model, "folds": run.k}
     identity |= {"csv_sha256": storage.sha256(run.csv), "scans_sha256": dataset.scans_digest(run.table)}
     identity |= {"folds_sha256": dataset.folds_digest(run.folds), "grid": run.grid.record()}
-    about = {"csv": str(run.csv), "modelpath": str(args.modelpath.resolve())}
-    overwrite = partial(overwritten, folder, args.overwrite, args.run_folds)
-    storage.check_folder(folder, "map.json", identity, WRITTEN, overwrite())
+    about: dict[str, Any] = {"csv": str(run.csv), "modelpath": str(args.modelpath.resolve())}
+    if args.weights == "random":
+        about |= {"calibration_scans_per_fold": calibration_scans(run)}
+    overwrite = storage.overwritten(WRITTEN, PER_FOLD, MEANS, args.run_folds) if args.overwrite else []
+    if storage.check_folder(folder, "map.json", identity, WRITTEN, overwrite):
+        read_subjects(folder)
     scans = dataset.open_scans(run.table, run.grid, "reuse", args.modelpath / "cache", WORKERS)
 
     work = f"--batch {args.batch} of {'x'.join(map(str, run.grid.shape))} voxels, {run.model}, on {device}"
     memory = utils.enough(work, "lower --batch")
     with storage.claimed(folder, [f"fold {fold}" for fold in chosen]), memory:
-        start_maps(folder, identity, about, overwrite, device)
+        start_maps(folder, identity, about, overwrite)
         for fold in chosen:
             if fold in finished_folds(folder, weights):
                 print(f"fold {fold}: explained before, kept")
@@ -453,19 +457,19 @@ def main(argv: list[str] | None = None) -> int:
             if digests(run, args.modelpath, args.weights, args.seed)[fold] != weights[fold]:
                 raise utils.InputError(f"{args.modelpath}: the weights of fold {fold} changed meanwhile")
             rows = map_fold(model, run, scans, fold, args.method, options, args.batch, folder)
-            save_rows(folder, fold, rows, weights[fold])
+            save_rows(folder, fold, rows, weights[fold], devices.describe(device))
         # of several processes the first to see all folds finished
         with storage.locked(folder / storage.LOCK):
-            missing = set(range(run.k)) - set(finished_folds(folder, weights))
-            if missing:
-                print(f"not explained yet, or with other weights: folds {sorted(missing)}")
-                return 0
-            subjects = read_subjects(folder)
-            if not all((folder / file).exists() for file in MEANS):
+            finished, subjects = finished_folds(folder, weights), read_subjects(folder)
+            missing = set(range(run.k)) - set(finished)
+            if not missing and not all((folder / file).exists() for file in MEANS):
                 title = f"{name}, {run.model}: mean of {run.k} folds, {len(subjects)} test scans"
                 average_folds(folder, run, scans, title)
-    print(summary(subjects))
-    print(f"written to {folder}: map_all.nii.gz, map_all.png, map_f*.nii.gz, subjects.csv")
+    print(summary(subjects[subjects["fold"].isin(finished)]))
+    if missing:
+        print(f"not explained yet, or with other weights: folds {sorted(missing)}")
+    else:
+        print(f"written to {folder}: map_all.nii.gz, map_all.png, map_f*.nii.gz, subjects.csv")
     return 0
 
 

@@ -32,14 +32,27 @@ def available(root: Path = ROOT, environment: Mapping[str, str] = os.environ) ->
 
 def _fields(file: Path) -> dict[str, int]:
     """The numbers of a file of lines such as "VmRSS:  12 kB" or "inactive_file 12"."""
-    cells = (line.replace(":", " ").split() for line in file.read_text().splitlines())
+    cells = (line.replace(":", " ").split() for line in _text(file).splitlines())
     return {row[0]: int(row[1]) for row in cells if len(row) > 1 and row[1].isdecimal()}
+
+
+def _text(file: Path) -> str:
+    """What a file of the kernel says; nothing where it is not there, or not for us."""
+    try:
+        return file.read_text()
+    except OSError:
+        return ""
+
+
+def _number(file: Path) -> int | None:
+    """The number that a file holds; None where it says something else, such as "max"."""
+    text = _text(file).strip()
+    return int(text) if text.isdecimal() else None
 
 
 def _group_rooms(root: Path) -> Iterator[int]:
     """What every control group from this process's own up to the top has left, in bytes."""
-    groups = root / "proc/self/cgroup"
-    for line in groups.read_text().splitlines() if groups.exists() else []:
+    for line in _text(root / "proc/self/cgroup").splitlines():
         _, controllers, path = line.split(":", 2)
         if controllers and "memory" not in controllers.split(","):
             continue
@@ -48,10 +61,9 @@ def _group_rooms(root: Path) -> Iterator[int]:
         own = top / path.lstrip("/")
         # in a container the path may be that of the host: then its upper end is all there is
         for group in (own, *(parent for parent in own.parents if parent.is_relative_to(top))):
-            files = group / limit, group / usage, group / "memory.stat"
-            if all(file.exists() for file in files) and files[0].read_text().strip().isdecimal():  # not "max"
-                used = int(files[1].read_text()) - _fields(files[2]).get(cached, 0)
-                yield int(files[0].read_text()) - used
+            most, used = _number(group / limit), _number(group / usage)
+            if most is not None and used is not None:
+                yield most - used + _fields(group / "memory.stat").get(cached, 0)
 
 
 def _slurm_limits(environment: Mapping[str, str]) -> Iterator[int]:

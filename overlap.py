@@ -130,6 +130,8 @@ def zero_share(method: Path) -> float:
     record = storage.read_json(file) if file.exists() else {}
     with utils.naming(file):
         zero, scans = (_total(record, name) for name in ("zero_maps_per_fold", "scans_per_fold"))
+        if zero > scans:
+            raise utils.InputError(f"is damaged: {zero} of {scans} maps are zero everywhere")
     return zero / scans if scans else math.nan
 
 
@@ -278,6 +280,7 @@ def main(argv: list[str] | None = None) -> int:
     args = get_parser().parse_args(argv)
     files = find_maps(args.maps)
     means = {method: file for (method, fold), file in files.items() if fold == "all"}
+    zero_shares = {method: zero_share(args.maps / method) for method in means}
     scan_file = find_mean_scan(args.maps, list(means))
     inputs = {"reference": args.reference, "mask": args.mask or scan_file, "mean_scan": scan_file}
     inputs |= {f"{method}, fold {fold}": file for (method, fold), file in files.items()}
@@ -305,7 +308,7 @@ def main(argv: list[str] | None = None) -> int:
     floor = random_floor(reference, brain, table["smoothness_mm"].max(), args.seed)
     table = add_intervals(add_random(table, floor), args.seed)
     ranked = rank(table, args.rank_smooth, args.seed)
-    ranked["zero_share"] = ranked["method"].map({name: zero_share(args.maps / name) for name in means})
+    ranked["zero_share"] = ranked["method"].map(zero_shares)
     curves = {
         method: dice_curve(brain.smooth(values, args.rank_smooth), reference)
         for (method, fold), values in maps.items()

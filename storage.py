@@ -10,7 +10,6 @@ import os
 import platform
 import reprlib
 import stat
-import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -29,7 +28,6 @@ RECORD_SIZE = 2**22  # bytes of a record: one of a thousand folds has a tenth of
 PARTIAL = ".partial-"  # begins the names of temporary files
 LOCK = ".lock"  # of a folder's shared files, held while they are read, changed and written back
 KEPT = "; what was finished before is kept"
-ASKED, PAUSE = 5, 0.05  # times that a held lock is asked for, and the seconds between
 _held: dict[int, Path] = {}  # this process's locks by descriptor
 
 
@@ -113,30 +111,11 @@ def claimed(folder: Path, parts: Iterable[str]) -> Iterator[None]:
     with contextlib.ExitStack() as stack:
         try:
             for part in parts:
-                stack.enter_context(_claimed_part(folder / part_lock(part)))
+                name = f"{LOCK}-{part.replace(' ', '_')}"
+                stack.enter_context(locked(folder / name, wait=False))
         except BlockingIOError as problem:
             raise InputError(f"{folder}: another process is at work on {part}") from problem
         yield
-
-
-@contextlib.contextmanager
-def _claimed_part(lock: Path) -> Iterator[None]:
-    """Hold a lock; asked for several times, as another process may only be looking whether it is held."""
-    with contextlib.ExitStack() as stack:
-        for left in reversed(range(ASKED)):
-            try:
-                stack.enter_context(locked(lock, wait=False))
-                break
-            except BlockingIOError:
-                if not left:
-                    raise
-                time.sleep(PAUSE)
-        yield
-
-
-def part_lock(part: str) -> str:
-    """The name of the lock file of a part, such as "fold 0"."""
-    return f"{LOCK}-{part.replace(' ', '_')}"
 
 
 def make_folder(folder: Path) -> None:
@@ -216,15 +195,6 @@ def versions() -> dict[str, str]:
     return {"python": platform.python_version()} | {p: importlib.metadata.version(p) for p in PACKAGES}
 
 
-def made_with(record: dict[str, Any], device: dict[str, str]) -> dict[str, Any]:
-    """The versions that a record was begun with, and every device that worked on what it describes."""
-    known = recorded({"devices": []} | record, "devices", list)
-    return {
-        "versions": record.get("versions", versions()),
-        "devices": known if device in known else [*known, device],
-    }
-
-
 def file_size(path: Path, kind: str = "file") -> int:
     """Bytes of a file; `kind` is what an error calls it.
 
@@ -290,25 +260,21 @@ def recorded(
 
 
 def overwritten(
-    folder: Path, patterns: Sequence[str], per_fold: Sequence[str], summary: Sequence[str], chosen: list[int]
+    patterns: Sequence[str], per_fold: Sequence[str], summary: Sequence[str], run_folds: list[int] | None
 ) -> list[str]:
-    """The patterns of what --overwrite removes where only some folds are run.
+    """The patterns of what --overwrite removes: everything or, with --run-folds, what belongs to those folds.
 
-    That is what belongs to those folds, and the summary of all. Where nothing is there of any other fold, and
-    nobody is at work on one, it is everything.
+    Then the other folds stay, and so does the record; what is made of all folds goes.
 
     Args:
-        folder: the output folder.
-        patterns: glob patterns of all files the suite writes there.
-        per_fold: those that belong to a fold, with "{}" for its number.
-        summary: those that are made of all folds.
-        chosen: the folds to run.
+        patterns: glob patterns of all files the suite writes in a folder.
+        per_fold: those of a fold, with "{}" for its number.
+        summary: those of what is made of all folds.
+        run_folds: the chosen folds; None for all.
     """
-    ours = [name.format(fold) for name in per_fold for fold in chosen]
-    others = set(written(folder, [name.format("*") for name in per_fold])) - set(written(folder, ours))
-    locks = {folder / part_lock(f"fold {fold}") for fold in chosen}
-    busy = any(_is_held(lock) for lock in set(folder.glob(f"{LOCK}-*")) - locks)
-    return [*ours, *summary] if others or busy else list(patterns)
+    if run_folds is None:
+        return list(patterns)
+    return [*(name.format(fold) for name in per_fold for fold in run_folds), *summary]
 
 
 def check_folder(
@@ -321,7 +287,7 @@ def check_folder(
         record: name of the record in it.
         identity: what two runs must have in common for the second to go on with the first.
         patterns: glob patterns of all files the suite writes there.
-        overwrite: those of the files that will be removed, so whatever they hold is fine; see `overwritten`.
+        overwrite: patterns of those that will be removed, so whatever they hold is fine; see `overwritten`.
 
     Returns:
         The record that is there; empty where the run starts afresh.
@@ -336,9 +302,7 @@ def check_folder(
     present = [path for path in written(folder, patterns) if path not in removed]
     if not present:
         return {}
-    way_out = (
-        f"choose another --outpath, or --overwrite{' all folds, without --run-folds' if overwrite else ''}"
-    )
+    way_out = f"choose another --outpath, or --overwrite{' without --run-folds' if overwrite else ''}"
     if folder / record not in present:
         raise InputError(f"{present[0]} is in the way; {way_out}")
     found = read_json(folder / record)

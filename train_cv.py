@@ -35,6 +35,7 @@ from devices import PRECISIONS
 SUMMARY = ["predictions.csv", "metrics.csv", "training.png"]  # of all folds
 PER_FOLD = ["state_dict_f{}.pth", "history_f{}.csv", "progress_f{}.pth"]
 WRITTEN = ["run.json", "folds.csv", *(name.format("*") for name in PER_FOLD), *SUMMARY]
+DEVICES = "devices_per_fold"  # in run.json
 HISTORY = ["epoch", "train_loss", "valid_loss", "valid_accuracy", "seconds"]
 # options that change neither the networks nor the folds
 INCIDENTAL = ("path", "outpath", "device", "run_folds", "workers", "cache", "overwrite")
@@ -264,29 +265,38 @@ def start_run(
     identity: dict[str, Any],
     about: dict[str, Any],
     folds: pd.DataFrame,
-    overwrite: Callable[[], list[str]],
-    device: torch.device,
+    overwrite: list[str],
 ) -> None:
-    """Write run.json and folds.csv, or check that they are of this very run."""
+    """Write run.json and folds.csv where they are not there yet."""
     with storage.locked(folder / storage.LOCK):
-        found = storage.start_folder(folder, "run.json", identity, WRITTEN, overwrite())
-        with utils.naming(folder / "run.json"):
-            record = about | identity | storage.made_with(found, devices.describe(device))
-        if record != found:  # none yet, or the CSV has moved, or another device is at work
+        found = storage.start_folder(folder, "run.json", identity, WRITTEN, overwrite)
+        record = {"versions": storage.versions()} | found | about | identity
+        if record != found:  # none yet, or the CSV has moved
             storage.write_json(record, folder / "run.json")
         if not (folder / "folds.csv").exists():
             storage.write_csv(folds, folder / "folds.csv")
-        elif (folder / "folds.csv").read_bytes() != folds.to_csv(index=False, lineterminator="\n").encode():
-            raise utils.InputError(
-                f"{folder / 'folds.csv'}: is not as this run wrote it; --overwrite starts again"
-            )
 
 
-def overwritten(folder: Path, overwrite: bool, run_folds: list[int] | None) -> list[str]:
-    """The patterns of what --overwrite removes: everything, or what belongs to --run-folds."""
-    if not overwrite:
-        return []
-    return storage.overwritten(folder, WRITTEN, PER_FOLD, SUMMARY, run_folds) if run_folds else WRITTEN
+def check_folds(folder: Path, folds: pd.DataFrame) -> None:
+    """Raise InputError where folds.csv is there, but not as this run wrote it."""
+    file = folder / "folds.csv"
+    if file.exists() and file.read_bytes() != folds.to_csv(index=False, lineterminator="\n").encode():
+        raise utils.InputError(
+            f"{file}: is not as this run wrote it; --overwrite without --run-folds starts again"
+        )
+
+
+def note_device(folder: Path, fold: "Fold", device: torch.device) -> None:
+    """Enter the device that a fold is trained on into run.json, beside those it was trained on before."""
+    with storage.locked(folder / storage.LOCK), utils.naming(folder / "run.json"):
+        record = storage.read_json(folder / "run.json")
+        known = storage.recorded({DEVICES: {}} | record, DEVICES, dict)
+        before = storage.recorded({str(fold.number): []} | known, str(fold.number), list)
+        if not fold.progress.exists():  # it starts afresh
+            before = []
+        here = devices.describe(device)
+        known[str(fold.number)] = before if here in before else [*before, here]
+        storage.write_json(record | {DEVICES: dict(sorted(known.items()))}, folder / "run.json")
 
 
 class Fold:
@@ -395,10 +405,13 @@ def main(argv: list[str] | None = None) -> int:
     identity |= {"folds_sha256": dataset.folds_digest(folds), "grid": grid.record(), "arguments": options}
     about = {"csv": str(args.path.resolve()), "model": args.model, "seed": args.seed}
     every = [Fold(args.outpath, number) for number in range(args.fold)]
-    overwrite = partial(overwritten, args.outpath, args.overwrite, args.run_folds)
-    if storage.check_folder(args.outpath, "run.json", identity, WRITTEN, overwrite()):
-        for fold in every:
-            fold.check(model)
+    overwrite = storage.overwritten(WRITTEN, PER_FOLD, SUMMARY, args.run_folds) if args.overwrite else []
+    if storage.check_folder(args.outpath, "run.json", identity, WRITTEN, overwrite):
+        with storage.locked(args.outpath / storage.LOCK):  # another process may remove folds of its own
+            check_folds(args.outpath, folds)
+            for fold in every:
+                if not (args.overwrite and fold.number in chosen):
+                    fold.check(model)
     work = f"--batch {args.batch} of {'x'.join(map(str, grid.shape))} voxels, {args.model}, on {device}"
     limits = work, "lower --batch, take fewer filters, or --cache disk"
     with utils.enough(*limits):
@@ -410,12 +423,13 @@ def main(argv: list[str] | None = None) -> int:
     )
 
     with storage.claimed(args.outpath, [f"fold {fold}" for fold in chosen]), utils.enough(*limits):
-        start_run(args.outpath, identity, about, folds, overwrite, device)
+        start_run(args.outpath, identity, about, folds, overwrite)
         for number in chosen:
             if every[number].kept():
                 continue
             storage.remove(args.outpath, SUMMARY)
             every[number].begin()
+            note_device(args.outpath, every[number], device)
             network = new_training(args.model, grid, device, args.lr, args.wd, args.seed, number)
             course = train_fold(
                 *network, load(number, "train"), load(number, "val"), args.epochs, args.patience,

@@ -18,8 +18,12 @@ import torch
 from tqdm import tqdm
 
 LONGEST = 8000  # characters of an error
-# how PyTorch, cuDNN and cuBLAS say that memory does not suffice: the last where no algorithm's workspace fits
-SCARCE = "out of memory|can't allocate memory|(CUDNN|CUBLAS)_STATUS_ALLOC_FAILED|Unable to find a valid cuDNN"
+# how PyTorch, cuDNN and cuBLAS say that memory does not suffice; the last three are what cuDNN says where no
+# algorithm's workspace fits, and what either says where it cannot even be set up
+SCARCE = (
+    "out of memory|can't allocate memory|_(ALLOC|ALLOCATION)_FAILED"
+    "|[Uu]nable to find (a valid cuDNN|an engine)|_STATUS_NOT_INITIALIZED"
+)
 
 
 Main = TypeVar("Main", bound=Callable[..., int])

@@ -35,8 +35,9 @@ class Place(NamedTuple):
 
     @contextlib.contextmanager
     def entered(self) -> Iterator[torch.device]:
-        """The device, as long as it is used."""
+        """The device, as long as it is used, set up as the commands do it."""
         if self.kind != "stand-in for cuda":
+            devices.set_precision(torch.device(self.kind), "fp32")
             yield torch.device(self.kind)
             return
         with pytest.MonkeyPatch.context() as patch, StandIn("cuda") as standin:
@@ -46,7 +47,7 @@ class Place(NamedTuple):
         devices.values_at_once.cache_clear()
 
     def do(self, work: Callable[..., Tensor], model: CNN3d, *arguments: Any) -> Tensor:
-        """work(model, *arguments) on the device, of a copy of the model; the result on the CPU, in float64."""
+        """work(model, *arguments) there, of a copy of the model; the result on the CPU, in float64."""
         with self.entered() as device:
             there = copy.deepcopy(model)
             there = self.placed(there.float() if self.kind == "mps" else there, device)

@@ -545,8 +545,8 @@ def test_threads_that_read_ahead_give_what_a_loader_gives(tmp_path, cache, seed)
     plain = dataset.loader(scans, [5, 0, 3, 2, 1], 2, workers=0, seed=seed)
     ahead = dataset.loader(scans, [5, 0, 3, 2, 1], 2, workers=3, seed=seed, device=GPU)
     assert isinstance(ahead, dataset.ReadAhead)
-    assert ahead.pinned
-    ahead.pinned = False  # there may be no GPU to pin memory for
+    assert ahead.device == GPU
+    ahead.device = dataset.CPU  # there may be no GPU to pin memory for
     assert len(ahead) == len(plain) == 3
     assert len(ahead.dataset) == len(plain.dataset) == 5  # type: ignore[arg-type]
     for _ in range(3):
@@ -564,7 +564,7 @@ def test_threads_that_read_ahead_hand_on_what_goes_wrong(tmp_path):
     scans = dataset.Scans(table)
     (tmp_path / "3.nii").unlink()
     ahead = dataset.loader(scans, list(range(6)), 2, workers=2, device=GPU)
-    ahead.pinned = False
+    ahead.device = dataset.CPU
     batches = iter(ahead)
     next(batches)
     with pytest.raises(InputError, match=r"3\.nii"):

@@ -7,8 +7,6 @@ import shutil
 import signal
 import subprocess
 import sys
-import threading
-import time
 from pathlib import Path
 
 import numpy as np
@@ -270,58 +268,54 @@ def test_overwrite_removes_the_suites_files_only(tmp_path):
 
 PER_FOLD, SUMMARY = ["map_f{}.nii.gz", "subjects/f{}_*.nii.gz"], ["map_all.nii.gz"]
 EVERYTHING = ["run.json", "map_f*.nii.gz", "subjects/f*_*.nii.gz", *SUMMARY]
+THERE = ["run.json", "map_f1.nii.gz", "map_f10.nii.gz", "subjects/f1_a.nii.gz", "subjects/f10_a.nii.gz"]
 
 
 @pytest.mark.parametrize(
-    ("there", "chosen", "everything"),
+    ("chosen", "left"),
     [
-        ([], [0], True),
-        (["map_f0.nii.gz", "subjects/f0_a.nii.gz", "run.json"], [0], True),
-        (["map_f0.nii.gz", "map_f1.nii.gz"], [0, 1], True),
-        (["map_f0.nii.gz", "map_f1.nii.gz"], [0], False),
-        (["subjects/f1_a.nii.gz"], [0], False),
-        (["map_f1.nii.gz"], [10], False),
-        (["map_f10.nii.gz"], [1], False),
-        (["map_f10.nii.gz"], [0, 10], True),
+        (None, []),
+        ([0], THERE),
+        ([1], ["run.json", "map_f10.nii.gz", "subjects/f10_a.nii.gz"]),
+        ([10], ["run.json", "map_f1.nii.gz", "subjects/f1_a.nii.gz"]),
+        ([1, 10], ["run.json"]),
     ],
 )
-def test_overwriting_some_folds_spares_the_others(tmp_path, there, chosen, everything):
+def test_overwriting_some_folds_spares_the_others_and_the_record(tmp_path, chosen, left):
     (tmp_path / "subjects").mkdir()
-    for name in there:
-        (tmp_path / name).touch()
-    found = storage.overwritten(tmp_path, EVERYTHING, PER_FOLD, SUMMARY, chosen)
-    ours = [pattern.format(fold) for pattern in PER_FOLD for fold in chosen]
-    assert sorted(found) == sorted(EVERYTHING if everything else [*ours, *SUMMARY])
+    for name in [*THERE, *SUMMARY]:
+        (tmp_path / name).write_text(json.dumps(IDENTITY))
+    removed = storage.overwritten(EVERYTHING, PER_FOLD, SUMMARY, chosen)
+    found = storage.start_folder(tmp_path, "run.json", IDENTITY, EVERYTHING, removed)
+    assert found == (IDENTITY if left else {})
+    assert set(contents(tmp_path)) == set(left)
 
 
-def test_overwriting_a_fold_while_another_process_is_at_work_on_a_second(tmp_path):
-    """Its files may not be there yet; and a lock that a dead process left behind is nobody at work."""
-    (tmp_path / ".lock-fold_1").touch()
-    assert storage.overwritten(tmp_path, EVERYTHING, PER_FOLD, SUMMARY, [0]) == EVERYTHING
+def test_some_folds_of_another_run_are_not_overwritten(tmp_path):
+    """The record describes all folds; without it the others would be nobody's."""
+    (tmp_path / "subjects").mkdir()
+    for name in THERE:
+        (tmp_path / name).write_text(json.dumps(IDENTITY | {"model": "modelA24"}))
+    removed = storage.overwritten(EVERYTHING, PER_FOLD, SUMMARY, [1])
+    with pytest.raises(utils.InputError, match=r"of another run: .*--overwrite without --run-folds$"):
+        storage.start_folder(tmp_path, "run.json", IDENTITY, EVERYTHING, removed)
+    assert set(contents(tmp_path)) == set(THERE)
+
+
+def test_a_folder_where_somebody_is_at_work_is_not_overwritten(tmp_path):
+    """As by a run of more folds; and a lock that a dead process left behind is nobody at work."""
+    fill(tmp_path, IDENTITY)
     program = "import sys, storage; from pathlib import Path\n"
-    program += "with storage.claimed(Path(sys.argv[1]), ['fold 1']): print('ready', flush=True); input()"
+    program += "with storage.claimed(Path(sys.argv[1]), ['fold 7']): print('ready', flush=True); input()"
     command = [sys.executable, "-c", program, str(tmp_path)]
     pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
-    with subprocess.Popen(command, cwd=Path(storage.__file__).parent, **pipes) as other:
+    with subprocess.Popen(command, cwd=ROOT, **pipes) as other, storage.claimed(tmp_path, ["fold 0"]):
         other.stdout.readline()
-        found = storage.overwritten(tmp_path, EVERYTHING, PER_FOLD, SUMMARY, [0])
-        assert found == ["map_f0.nii.gz", "subjects/f0_*.nii.gz", *SUMMARY]
-        assert storage.overwritten(tmp_path, EVERYTHING, PER_FOLD, SUMMARY, [0, 1]) == EVERYTHING
-        other.communicate("done")
-
-
-def test_a_part_that_is_only_looked_at_is_not_taken(tmp_path):
-    """Whoever asks whether a lock is held has it for a moment; a job that starts just then must not fail."""
-    lock = tmp_path / storage.part_lock("fold 0")
-    looking = threading.Event()
-
-    def look() -> None:
-        with storage.locked(lock):
-            looking.set()
-            time.sleep(2 * storage.PAUSE)
-
-    thread = threading.Thread(target=look)
-    thread.start()
-    looking.wait()
-    with storage.claimed(tmp_path, ["fold 0"]):
-        thread.join()
+        with pytest.raises(utils.InputError, match="another process is at work"):
+            storage.start_folder(tmp_path, "run.json", IDENTITY, PATTERNS, PATTERNS)
+        assert {"run.json", "map_f0.nii.gz"} <= set(contents(tmp_path))
+        other.kill()
+        other.wait()
+        assert (tmp_path / ".lock-fold_7").exists()
+        storage.start_folder(tmp_path, "run.json", IDENTITY, PATTERNS, PATTERNS)
+    assert set(contents(tmp_path)) == {"notes.txt", "subjects/other.txt"}

@@ -1,5 +1,6 @@
 """train_cv.py: what a run writes, what it reproduces, how it goes on, and how it refuses."""
 
+import itertools
 import json
 import os
 import shutil
@@ -7,8 +8,9 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -529,27 +531,71 @@ def _interrupt(*_: object) -> float:
 
 
 def test_overwrite_of_one_fold_by_another_run_is_refused(copy, csv, capsys):
-    """The other folds would be of other arguments; where there are none, all is overwritten."""
+    """The other folds would be of other arguments."""
     before = contents(copy)
     assert train(csv, copy, "--epochs", "1", "--run-folds", "0", "--overwrite") == 2
     line = only_error(capsys.readouterr().err)
-    assert all(word in line for word in ["epochs (", "1 now", "--overwrite all folds, without --run-folds"])
-    assert contents(copy) == before
-    for name in ("state_dict_f1.pth", "history_f1.csv"):
-        (copy / name).unlink()
-    assert train(csv, copy, "--epochs", "1", "--run-folds", "0", "--overwrite") == 0
-    assert len(pd.read_csv(copy / "history_f0.csv")) == 1
-    assert not (copy / "predictions.csv").exists()
+    assert all(word in line for word in ["epochs (", "1 now", "--overwrite without --run-folds"])
+    (copy / "folds.csv").write_text("edited")
+    assert train(csv, copy, "--run-folds", "0", "--overwrite") == 2
+    assert "folds.csv: is not as this run wrote it" in only_error(capsys.readouterr().err)
+    assert contents(copy) == before | {"folds.csv": b"edited"}
 
 
-def test_record_names_the_devices_that_worked(copy, csv, monkeypatch):
+def test_overwrite_of_a_damaged_fold_mends_it(copy, csv, run, capsys):
+    """What is about to be removed need not be readable."""
+    (copy / "state_dict_f0.pth").write_bytes(b"cut")
+    assert train(csv, copy, "--run-folds", "1", "--overwrite") == 2
+    assert "state_dict_f0.pth" in only_error(capsys.readouterr().err)
+    assert train(csv, copy, "--run-folds", "0", "--overwrite") == 0
+    assert unclocked(copy) == unclocked(run)
+
+
+def test_array_of_jobs_that_overwrite_starts_together(csv, run, tmp_path):
+    """Each removes its own fold of an earlier run, whatever the other does meanwhile."""
+    shutil.copytree(run, tmp_path / "models")
+    checkpoints = [tmp_path / "models" / f"state_dict_f{fold}.pth" for fold in range(K)]
+    before = max(checkpoint.stat().st_mtime_ns for checkpoint in checkpoints)
+    options = ["--path", str(csv), "--outpath", str(tmp_path / "models"), *FAST, "--cache", "ram"]
+    options += ["--overwrite"]
+    jobs = [
+        subprocess.Popen([sys.executable, "train_cv.py", *options, "--run-folds", fold], cwd=ROOT)
+        for fold in "01"
+    ]
+    assert [job.wait() for job in jobs] == [0, 0]
+    assert all(checkpoint.stat().st_mtime_ns > before for checkpoint in checkpoints)
+    there, here = unclocked(tmp_path / "models"), unclocked(run)
+    for files in (there, here):
+        assert files.pop("metrics.csv")  # of a thousand draws there, of fifty here
+    assert there == here
+
+
+def test_record_names_the_devices_that_a_fold_was_trained_on(copy, csv, monkeypatch):
     here = devices.describe(torch.device("cpu"))
-    assert storage.read_json(copy / "run.json")["devices"] == [here]
+    assert storage.read_json(copy / "run.json")["devices_per_fold"] == {"0": [here], "1": [here]}
     card = {"name": "NVIDIA H100", "cuda": "12.8", "cudnn": "9.10.2"}
     monkeypatch.setattr(devices, "describe", lambda device: card)
-    for _ in range(2):
-        assert train(csv, copy) == 0
-        assert storage.read_json(copy / "run.json")["devices"] == [here, card]
+    assert train(csv, copy) == 0  # a visit
+    assert storage.read_json(copy / "run.json")["devices_per_fold"] == {"0": [here], "1": [here]}
+    with monkeypatch.context() as patch:
+        patch.setattr(train_cv, "evaluate", _interrupt_after_an_epoch())
+        assert train(csv, copy, "--overwrite", "--run-folds", "0") == 130
+    assert storage.read_json(copy / "run.json")["devices_per_fold"] == {"0": [card], "1": [here]}
+    monkeypatch.setattr(devices, "describe", lambda device: here)
+    assert train(csv, copy) == 0  # it goes on elsewhere
+    assert storage.read_json(copy / "run.json")["devices_per_fold"] == {"0": [card, here], "1": [here]}
+
+
+def _interrupt_after_an_epoch() -> Callable[..., tuple[float, float]]:
+    """An `evaluate` that is interrupted the second time."""
+    evaluate, calls = train_cv.evaluate, itertools.count()
+
+    def interrupted(*arguments: Any) -> tuple[float, float]:
+        if next(calls):
+            raise KeyboardInterrupt
+        return evaluate(*arguments)
+
+    return interrupted
 
 
 def test_jobs_of_single_folds_share_a_cache_on_disk(csv, tmp_path, monkeypatch):
@@ -697,7 +743,7 @@ def test_loader_shuffles_training_and_nothing_else(csv):
     scans = dataset.Scans(table, np.arange(12, dtype=np.float32).reshape(12, 1, 1, 1))
 
     def order(role: str) -> list[list[int]]:
-        loader = train_cv.make_loader(scans, folds, 0, role, batch=2, workers=0, seed=3)
+        loader = train_cv.make_loader(scans, folds, 0, role, batch=2, workers=0, seed=3, device=dataset.CPU)
         return [[int(i) for volume, _ in loader for i in volume.flatten()] for _ in range(8)]
 
     expected = dataset.rows(folds, 0, "train")

@@ -119,7 +119,9 @@ def test_memory_that_does_not_suffice_is_a_failure():
         "cuDNN error: CUDNN_STATUS_ALLOC_FAILED",
         "CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`",
         "Unable to find a valid cuDNN algorithm to run convolution",
-        "GET was unable to find an engine to execute this computation, CUDA error: out of memory",
+        "GET was unable to find an engine to execute this computation",
+        "cuDNN error: CUDNN_STATUS_INTERNAL_ERROR_HOST_ALLOCATION_FAILED",
+        "CUDA error: CUBLAS_STATUS_NOT_INITIALIZED when calling `cublasCreate(handle)`",
     ],
 )
 def test_memory_that_does_not_suffice_on_a_gpu_is_a_failure(words):

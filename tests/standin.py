@@ -19,6 +19,13 @@ MOVES = (Tensor.to, Tensor.cpu, Tensor.copy_, Tensor.__setitem__, Tensor.data.__
 QUESTIONS = (torch._C._nn._parse_to, torch._has_compatible_shallow_copy_type)  # of nn.Module.to
 
 
+def names_device(argument: Any) -> bool:
+    """Whether an argument of a call is a device, or the name of one."""
+    return isinstance(argument, torch.device) or (
+        isinstance(argument, str) and argument in ("cpu", "cuda", "mps")
+    )
+
+
 class StandIn(TorchFunctionMode):
     """While active, there is a device of this type: tensors go there by `to(device)` and `device=`."""
 
@@ -46,7 +53,7 @@ class StandIn(TorchFunctionMode):
             raise RuntimeError(f"{func.__name__}: Expected all tensors to be on the same device")
         target = self._target(func, args, kwargs)
         if target is not None:
-            args = tuple(CPU if isinstance(arg, torch.device) else arg for arg in args)
+            args = tuple(CPU if names_device(arg) else arg for arg in args)
             kwargs |= {"device": CPU} if "device" in kwargs else {}
             kwargs |= {"copy": True} if func is Tensor.to else {}
         result = args[0].clone() if func is Tensor.cpu else func(*args, **kwargs)
@@ -58,7 +65,7 @@ class StandIn(TorchFunctionMode):
         """The device that a call names, if it does."""
         if func is Tensor.cpu:
             return CPU
-        named = [arg for arg in (*args, kwargs.get("device")) if isinstance(arg, torch.device)]
+        named = [torch.device(arg) for arg in (*args, kwargs.get("device")) if names_device(arg)]
         return named[0] if named else None
 
     def _take(self, leaf: Any) -> None:

@@ -20,12 +20,13 @@ def test_a_device_that_is_right(capsys):
     assert bench.main(QUICK) == 0
     lines = capsys.readouterr().out.splitlines()
     rows = [line.split() for line in lines if line.strip().startswith("modelB2")]
-    assert [row[-1] for row in rows] == ["right"] * 6
-    assert [row[1] for row in rows] == ["forward", "LRP", "IG", "GGC", "training", "training"]
-    assert {row[-5] for row in rows[4:]} == {"fp32", "bf16"}
+    assert [row[-1] for row in rows] == ["right"] * 7
+    assert [row[1] for row in rows] == ["forward", "forward", "LRP", "IG", "GGC", "training", "training"]
+    assert [row[-5] for row in rows] == ["fp32", "bf16", *["fp32"] * 4, "bf16"]
     assert lines[-1] == "all rows are right"
-    assert "4 of 4 scans of 97x115x97 a step" in lines[-2]
-    assert any(line.startswith("name cpu, ") for line in lines)
+    for line, cache in zip(lines[-3:-1], ("auto", "ram"), strict=True):
+        assert f"4 of 4 scans of 97x115x97 a step, --cache {cache}: " in line or "GB, in memory" in line
+    assert lines[0].startswith("name cpu, ")
 
 
 def test_a_device_that_is_wrong(monkeypatch, capsys):
@@ -38,7 +39,25 @@ def test_a_device_that_is_wrong(monkeypatch, capsys):
     (row,) = (line.split() for line in lines if "WRONG" in line and "modelB2" in line)
     assert row[1] == "GGC"
     assert float(row[3]) == pytest.approx(1)
-    assert lines[-1].startswith("1 of 6 rows are WRONG")
+    assert lines[-1].startswith("1 of 7 rows are not right")
+
+
+def test_a_device_that_lacks_an_operation(monkeypatch, capsys):
+    """The rows that work are still there."""
+    right = selfcheck.MAPS["IG"]
+
+    def missing(model: torch.nn.Module, volume: Tensor, target: Tensor) -> Tensor:
+        if volume.dtype == torch.float32:
+            raise NotImplementedError("aten::max_pool3d_with_indices is not implemented for this device")
+        return right(model, volume, target)
+
+    monkeypatch.setitem(selfcheck.MAPS, "IG", missing)
+    assert bench.main(QUICK) == 1
+    lines = capsys.readouterr().out.splitlines()
+    (row,) = (line.split() for line in lines if "FAILED" in line)
+    assert row[:2] == ["modelB2", "IG"]
+    assert "modelB2, IG: aten::max_pool3d_with_indices is not implemented for this device" in lines
+    assert sum(line.endswith("right") for line in lines) == 6
 
 
 def test_a_device_that_is_not_there(capsys):
@@ -46,7 +65,7 @@ def test_a_device_that_is_not_there(capsys):
     assert "--device" in only_error(capsys.readouterr().err)
 
 
-def test_waiting_is_what_the_loader_takes(tmp_path, monkeypatch):
+def test_waiting_is_what_the_loader_takes(monkeypatch):
     """A loader that sleeps makes the loop wait as long; one that has all at hand does not."""
     clock = [0.0]
     monkeypatch.setattr(bench.time, "perf_counter", lambda: clock[0])

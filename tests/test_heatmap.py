@@ -28,6 +28,7 @@ from cohorts import (
 )
 
 import dataset
+import devices
 import heatmap
 import metrics
 import models
@@ -274,6 +275,8 @@ def test_record(maps, run, csv, method):
     assert record["modelpath"] == str(run.resolve())
     assert record["csv_sha256"] == storage.sha256(csv)
     assert record["versions"] == storage.versions()
+    assert record["device_per_fold"] == {str(f): devices.describe(torch.device("cpu")) for f in range(K)}
+    assert "calibration_scans_per_fold" not in record
     assert record["weights_sha256"] == {
         str(f): storage.sha256(run / f"state_dict_f{f}.pth") for f in range(K)
     }
@@ -402,6 +405,7 @@ def test_random_weights(run, csv, tmp_path, capsys):
     record = json.loads((folder / "map.json").read_text())
     trained_on = len(read_table(run / "folds.csv").query("role == 'train' and fold == 0"))
     assert record["weights_sha256"]["0"] == f"random, seed 3, BatchNorm of {trained_on} training scans"
+    assert record["calibration_scans_per_fold"]["0"] == trained_on
     assert not torch.allclose(*(untrained(3, fold, csv, run).features[0].weight for fold in range(K)))
     capsys.readouterr()
     assert explain("LRP", bare, tmp_path, *options) == 0
@@ -638,8 +642,9 @@ def test_overwrite_of_one_fold_with_other_options_is_refused(copy, run, capsys):
     before = contents(copy)
     options = ["--save-subjects", "--beta", "0", "--run-folds", "0", "--overwrite"]
     assert explain("LRP", run, copy, *options) == 2
-    assert "beta (0.5 there, 0.0 now); choose another --outpath, or --overwrite all folds" in only_error(
-        capsys.readouterr().err
+    assert (
+        "beta (0.5 there, 0.0 now); choose another --outpath, or --overwrite without --run-folds"
+        in only_error(capsys.readouterr().err)
     )
     assert contents(copy) == before
 
@@ -654,6 +659,8 @@ def test_maps_that_are_zero_are_counted(run, tmp_path, monkeypatch, capsys):
         return volume * (1 - target).view(-1, 1, 1, 1, 1)
 
     monkeypatch.setitem(heatmap.METHODS, "GGC", silent)
+    assert explain("GGC", run, tmp_path, "--run-folds", "1") == 0
+    assert "maps that are zero everywhere: 3 of 5 in fold 1\n" in capsys.readouterr().out
     assert explain("GGC", run, tmp_path) == 0
     found = read_table(tmp_path / "GGC" / "subjects.csv")
     assert found.columns[-1] == "zero"
@@ -662,7 +669,7 @@ def test_maps_that_are_zero_are_counted(run, tmp_path, monkeypatch, capsys):
     record = json.loads((tmp_path / "GGC" / "map.json").read_text())
     assert record["zero_maps_per_fold"] == {"0": zero[0], "1": zero[1]}
     assert record["scans_per_fold"] == {"0": scans[0], "1": scans[1]}
-    line = f"zero everywhere, fold by fold: {zero[0]} of {scans[0]}, {zero[1]} of {scans[1]}"
+    line = f"zero everywhere: {zero[0]} of {scans[0]} in fold 0, {zero[1]} of {scans[1]} in fold 1\n"
     assert line in capsys.readouterr().out
 
 
@@ -670,11 +677,12 @@ def test_maps_of_an_earlier_version_are_one_line(copy, run, capsys):
     file = copy / "LRP" / "subjects.csv"
     read_table(file).drop(columns="zero").to_csv(file, index=False)
     before = contents(copy)
-    assert explain("LRP", run, copy, "--save-subjects") == 2
-    assert "subjects.csv: is of an earlier version, without the column zero; --overwrite" in only_error(
-        capsys.readouterr().err
-    )
-    assert contents(copy) == before
+    for options in ([], ["--run-folds", "0", "--overwrite"]):
+        assert explain("LRP", run, copy, "--save-subjects", *options) == 2
+        assert "subjects.csv: is of an earlier version (no column zero); --overwrite without" in only_error(
+            capsys.readouterr().err
+        )
+        assert contents(copy) == before
 
 
 # The untrained network ---------------------------------------------------------------------------
@@ -818,7 +826,14 @@ def test_record_of_maps_that_was_edited(tmp_path, weights):
 
 
 @pytest.mark.parametrize(
-    "row", ["x,a.nii,1,s,1,1,0.5,2,,0", "0,a.nii,1,s,1,1,0.5", "0,a.nii,1,s,1,1,half,2,,0", '"']
+    "row",
+    [
+        "x,a.nii,1,s,1,1,0.5,2,,0",
+        "0,a.nii,1,s,1,1,0.5",
+        "0,a.nii,1,s,1,1,half,2,,0",
+        "0,a.nii,1,s,1,1,1,2,,7",
+        '"',
+    ],
 )
 def test_rows_of_subjects_that_were_edited(tmp_path, row):
     header = ",".join(heatmap.SUBJECT_COLUMNS)

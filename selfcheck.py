@@ -162,8 +162,8 @@ def synchronise(device: torch.device) -> None:
 def lively_network(name: str, grid: tuple[int, int, int]) -> tuple[models.CNN3d, Tensor]:
     """A network as after training, and two scans (2, 1, X, Y, Z), zero around the head.
 
-    BatchNorm has statistics of these scans. The weights of the last convolution and the linear layers are
-    positive, so that no Grad-CAM, and no other map, is zero.
+    BatchNorm has statistics of these scans and of the same at half their brightness, where IG has a step. The
+    weights of the last convolution and the linear layers are positive, so that no map is zero.
     """
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
@@ -175,10 +175,11 @@ def lively_network(name: str, grid: tuple[int, int, int]) -> tuple[models.CNN3d,
         for block in model.blocks():
             block.norm.weight.uniform_(0.5, 1.5)
             block.norm.bias.uniform_(0.2, 1)
-            block.norm.momentum = 1.0  # the running statistics become these scans'
+            block.norm.momentum = 1.0  # the running statistics become those of what comes next
+        model.blocks()[-1].norm.bias.add_(2)  # of its few units some are to be open for every scan
         for layer in (model.blocks()[-1].conv, *model.linears()):
             layer.weight.abs_()
-        model(volume)
+        model(torch.cat([volume, volume / 2]))
     return model.eval(), volume
 
 

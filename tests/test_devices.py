@@ -395,6 +395,16 @@ def test_this_cpu_computes_what_it_should():
     selfcheck.require_right(CPU)
 
 
+@pytest.mark.parametrize("width", [2, 4])  # those of the commands' own check and of bench/device.py
+@pytest.mark.parametrize("family", models.FAMILIES)
+def test_no_map_of_the_checks_is_zero(family, width):
+    """Their difference would be a division by zero: the device would pass for wrong."""
+    edge = models.smallest_edge(family)
+    model, volume = selfcheck.lively_network(f"model{family}{width}", (edge, edge + 1, edge + 2))
+    for explain in selfcheck.MAPS.values():
+        assert (explain(model, volume, torch.tensor([0, 1])).flatten(1).norm(dim=1) > 1e-3).all()
+
+
 def test_a_convolution_that_lies_is_found(monkeypatch):
     """As on MPS in 2026: no error, no NaN, other numbers. Here it forgets the kernel's last plane."""
     truth = F.conv3d

@@ -282,6 +282,7 @@ def open_scans(
     workers: int,
     device: torch.device = CPU,
     shared: bool = False,
+    need: int = 0,
 ) -> Scans:
     """Decode and check every scan once, and keep what `cache` says.
 
@@ -296,6 +297,7 @@ def open_scans(
         workers: threads that decode.
         device: what the scans are read for.
         shared: other processes may read the same scans at the same time.
+        need: bytes of the device's memory that "auto" leaves to the network at least.
 
     Raises:
         utils.InputError: naming every scan that cannot be used; or `device` has no room of its own for them.
@@ -305,7 +307,7 @@ def open_scans(
         check_gpu_cache(size, device)
     stored = folder / f"scans-{_cache_key(table, grid)}.float32"
     shape = (len(table), *grid.shape)
-    if cache == "auto" and fits_on_gpu(size, device):
+    if cache == "auto" and fits_on_gpu(size, device, need):
         cache = "gpu"
     if cache in ("auto", "disk", "reuse") and _is_whole(stored, size):
         print(f"scans: {len(table)}, read from {stored}")
@@ -480,9 +482,12 @@ def _cache_key(table: pd.DataFrame, grid: Grid) -> str:
     return digest.hexdigest()[:16]
 
 
-def fits_on_gpu(size: int, device: torch.device) -> bool:
-    """Whether `size` bytes take at most half of a CUDA device's free memory; the rest is the network's."""
-    return device.type == "cuda" and size <= devices.free_memory(device) / 2
+def fits_on_gpu(size: int, device: torch.device, need: int) -> bool:
+    """Whether `size` bytes fill at most half of a CUDA device's free memory, and leave `need` bytes."""
+    if device.type != "cuda":
+        return False
+    free = devices.free_memory(device)
+    return size <= min(free / 2, free - need)
 
 
 def check_gpu_cache(size: int, device: torch.device) -> None:

@@ -8,6 +8,7 @@ from math import log2
 from typing import NamedTuple
 
 import torch
+from torch import Tensor
 
 from utils import InputError
 
@@ -60,6 +61,20 @@ def adopt(device: torch.device) -> None:
     """Make a GPU the calling thread's own: what names no device, such as pinned memory, goes to the first."""
     if device.type == "cuda":
         torch.cuda.set_device(device)
+
+
+def move(values: Tensor, device: torch.device) -> Tensor:
+    """A batch on a device; to CUDA from pinned memory without waiting, elsewhere that has lost values."""
+    return values.to(device, non_blocking=device.type == "cuda")
+
+
+def mark(device: torch.device) -> Callable[[], None]:
+    """What waits until a GPU of CUDA has done all that it was given so far; elsewhere nothing."""
+    if device.type != "cuda":
+        return lambda: None
+    event = torch.cuda.Event()
+    event.record(torch.cuda.current_stream(device))
+    return event.synchronize
 
 
 def set_precision(device: torch.device, precision: str) -> None:
@@ -156,6 +171,11 @@ def values_at_once(device: torch.device, on_cpu: int) -> int:
         return on_cpu
     fitting = 2 ** int(log2(max(free_memory(device) // (32 * 4), 1)))
     return min(fitting, LARGEST_CHUNK)
+
+
+def training_need(batch: int, per_scan: int) -> int:
+    """About how many bytes a training step takes at its height: five of the largest layer's outputs."""
+    return 5 * 4 * batch * per_scan
 
 
 def check_batch(batch: int, per_scan: int, device: torch.device) -> None:

@@ -11,7 +11,7 @@ that are finished.
 import argparse
 import re
 import sys
-from collections.abc import Callable, Sized
+from collections.abc import Callable, Iterable, Sized
 from functools import partial
 from pathlib import Path
 from typing import Any, cast
@@ -102,12 +102,14 @@ def check_weights(run: Run, modelpath: Path, folds: list[int], weights: str) -> 
         models.load_weights(model, run.checkpoint(modelpath, fold), torch.device("cpu"))
 
 
-def digests(run: Run, modelpath: Path, weights: str, seed: int) -> dict[int, str]:
-    """What tells the weights of every fold from others; folds without any are left out."""
+def digests(run: Run, modelpath: Path, weights: str, seed: int, folds: Iterable[int]) -> dict[int, str]:
+    """What tells the weights of each fold from others; folds without any are left out."""
     if weights == "random":
-        counts = calibration_scans(run).items()
-        return {int(fold): f"random, seed {seed}, BatchNorm of {n} training scans" for fold, n in counts}
-    paths = {fold: run.checkpoint(modelpath, fold) for fold in range(run.k)}
+        scans = calibration_scans(run)
+        return {
+            fold: f"random, seed {seed}, BatchNorm of {scans[str(fold)]} training scans" for fold in folds
+        }
+    paths = {fold: run.checkpoint(modelpath, fold) for fold in folds}
     return {fold: storage.sha256(path) for fold, path in paths.items() if path.exists()}
 
 
@@ -256,7 +258,7 @@ def explain_fold(
     done = 0
     with utils.progress(None, len(cast(Sized, loader.dataset)), desc=name) as bar:
         for volume, label in loader:
-            volume, label = volume.to(device, non_blocking=True), label.to(device)
+            volume, label = devices.move(volume, device), devices.move(label, device)
             with torch.no_grad():
                 logits = model(volume)
             target = choose_target(target_rule, label, logits)
@@ -359,9 +361,8 @@ def save_rows(folder: Path, fold: int, rows: pd.DataFrame, digest: str, device: 
         tables = [part for part in (others[others["fold"] != fold], rows) if len(part)]
         storage.write_csv(pd.concat(tables).sort_values("fold", kind="stable"), folder / "subjects.csv")
         record = storage.read_json(folder / "map.json")
-        for name, value in made.items():
-            entries = storage.recorded({name: {}} | record, name, dict) | {str(fold): value}
-            record[name] = dict(sorted(entries.items()))
+        for name, entries in read_made(folder).items():
+            record[name] = dict(sorted((entries | {str(fold): made[name]}).items()))
         storage.write_json(record, folder / "map.json")
 
 
@@ -382,22 +383,30 @@ def start_maps(
             storage.make_folder(folder / "subjects")
 
 
-def begin_fold(folder: Path, fold: int) -> None:
-    """Strike a fold off map.json, and all that was made of it, before its map is made anew."""
+def strike(folder: Path, folds: list[int]) -> None:
+    """Strike folds off map.json and subjects.csv before they are made anew; what is made of all goes."""
     with storage.locked(folder / storage.LOCK):
-        record = storage.read_json(folder / "map.json")
-        for name in MADE:
-            with utils.naming(folder / "map.json"):
-                storage.recorded({name: {}} | record, name, dict).pop(str(fold), None)
-        storage.write_json(record, folder / "map.json")
+        made = read_made(folder)
+        for entries in made.values():
+            for fold in folds:
+                entries.pop(str(fold), None)
+        storage.write_json(storage.read_json(folder / "map.json") | made, folder / "map.json")
+        subjects = read_subjects(folder)
+        if subjects["fold"].isin(folds).any():
+            storage.write_csv(subjects[~subjects["fold"].isin(folds)], folder / "subjects.csv")
         storage.remove(folder, MEANS)
+
+
+def read_made(folder: Path) -> dict[str, dict[str, Any]]:
+    """What map.json says of the finished folds: the entries of MADE, by the fold's number as text."""
+    record = storage.read_json(folder / "map.json")
+    with utils.naming(folder / "map.json"):
+        return {name: storage.recorded({name: {}} | record, name, dict) for name in MADE}
 
 
 def finished_folds(folder: Path, weights: dict[int, str]) -> list[int]:
     """The folds whose map was made with the weights that are there now, from `digests`."""
-    record = storage.read_json(folder / "map.json")
-    with utils.naming(folder / "map.json"):
-        made = storage.recorded(record, "weights_sha256", dict)
+    made = read_made(folder)["weights_sha256"]
     known = set(read_subjects(folder)["fold"])
     return [
         fold
@@ -430,7 +439,7 @@ def main(argv: list[str] | None = None) -> int:
     devices.check_batch(args.batch, models.largest_output(run.model, run.grid.shape), device)
     for fold in chosen if args.baseline == "controls" else []:
         training_controls(run, fold)
-    weights = digests(run, args.modelpath, args.weights, args.seed)
+    weights = digests(run, args.modelpath, args.weights, args.seed, range(run.k))
     name = folder_name(args.method, options)
     folder = args.outpath / name
     identity = {"method": args.method, "options": options, "model": run.model, "folds": run.k}
@@ -442,19 +451,22 @@ def main(argv: list[str] | None = None) -> int:
     overwrite = storage.overwritten(WRITTEN, PER_FOLD, MEANS, args.run_folds) if args.overwrite else []
     if storage.check_folder(folder, "map.json", identity, WRITTEN, overwrite):
         read_subjects(folder)
+        read_made(folder)
     scans = dataset.open_scans(run.table, run.grid, "reuse", args.modelpath / "cache", WORKERS)
 
     work = f"--batch {args.batch} of {'x'.join(map(str, run.grid.shape))} voxels, {run.model}, on {device}"
     memory = utils.enough(work, "lower --batch")
     with storage.claimed(folder, [f"fold {fold}" for fold in chosen]), memory:
         start_maps(folder, identity, about, overwrite)
+        if args.overwrite:
+            strike(folder, chosen)
         for fold in chosen:
             if fold in finished_folds(folder, weights):
                 print(f"fold {fold}: explained before, kept")
                 continue
-            begin_fold(folder, fold)
+            strike(folder, [fold])
             model = load_fold(run, args.modelpath, scans, fold, args.weights, args.seed, device)
-            if digests(run, args.modelpath, args.weights, args.seed)[fold] != weights[fold]:
+            if digests(run, args.modelpath, args.weights, args.seed, [fold]) != {fold: weights[fold]}:
                 raise utils.InputError(f"{args.modelpath}: the weights of fold {fold} changed meanwhile")
             rows = map_fold(model, run, scans, fold, args.method, options, args.batch, folder)
             save_rows(folder, fold, rows, weights[fold], devices.describe(device))

@@ -9,6 +9,7 @@ are finished and goes on with an interrupted one after its last finished epoch.
 import argparse
 import sys
 import time
+from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
@@ -212,23 +213,24 @@ def train_epoch(
     model.train()
     device = next(model.parameters()).device
     total = 0.0
-    unseen: list[tuple[Tensor, int]] = []  # losses and how many scans they are the mean of
+    unseen: deque[tuple[Tensor, Callable[[], None], int]] = deque()  # losses, on their way to the CPU
 
     def look(number: int) -> float:
-        loss, scans = unseen.pop()
-        value = loss.item()
-        check_loss(value, f"{name}, batch {number}")
-        return value * scans
+        loss, wait, scans = unseen.popleft()
+        wait()
+        check_loss(loss.item(), f"{name}, batch {number}")
+        return loss.item() * scans
 
     for number, (volume, label) in enumerate(utils.progress(loader, desc=name, leave=False)):
-        volume, label = volume.to(device, non_blocking=True), label.to(device, non_blocking=True)
+        volume, label = devices.move(volume, device), devices.move(label, device)
         with torch.autocast(device.type, precision, enabled=precision is not torch.float32):
             loss = F.cross_entropy(model(volume).float(), label)
         optimiser.zero_grad(set_to_none=True)
         loss.backward()
         optimiser.step()
-        total += look(number) if unseen else 0
-        unseen.append((loss.detach(), len(label)))
+        seen = loss.detach().to("cpu", non_blocking=device.type == "cuda")
+        unseen.append((seen, devices.mark(device), len(label)))
+        total += look(number) if len(unseen) > 1 else 0
     return (total + look(len(loader))) / len(loader.dataset)  # type: ignore[arg-type]
 
 
@@ -239,7 +241,7 @@ def predict(model: nn.Module, loader: Loader) -> tuple[Tensor, Tensor]:
     device = next(model.parameters()).device
     logits, labels = [], []
     for volume, label in loader:
-        logits.append(model(volume.to(device, non_blocking=True)).float().cpu())
+        logits.append(model(devices.move(volume, device)).float().cpu())
         labels.append(label)
     return torch.cat(logits), torch.cat(labels)
 
@@ -288,15 +290,21 @@ def check_folds(folder: Path, folds: pd.DataFrame) -> None:
 
 def note_device(folder: Path, fold: "Fold", device: torch.device) -> None:
     """Enter the device that a fold is trained on into run.json, beside those it was trained on before."""
-    with storage.locked(folder / storage.LOCK), utils.naming(folder / "run.json"):
+    number, here = str(fold.number), devices.describe(device)
+    with storage.locked(folder / storage.LOCK):
+        known = trained_on(folder)
+        before = known.get(number, []) if fold.progress.exists() else []
+        known[number] = before if here in before else [*before, here]
         record = storage.read_json(folder / "run.json")
-        known = storage.recorded({DEVICES: {}} | record, DEVICES, dict)
-        before = storage.recorded({str(fold.number): []} | known, str(fold.number), list)
-        if not fold.progress.exists():  # it starts afresh
-            before = []
-        here = devices.describe(device)
-        known[str(fold.number)] = before if here in before else [*before, here]
         storage.write_json(record | {DEVICES: dict(sorted(known.items()))}, folder / "run.json")
+
+
+def trained_on(folder: Path) -> dict[str, list[dict[str, str]]]:
+    """The devices that each fold was trained on, from run.json."""
+    record = storage.read_json(folder / "run.json")
+    with utils.naming(folder / "run.json"):
+        known = storage.recorded({DEVICES: {}} | record, DEVICES, dict)
+        return {fold: storage.recorded(known, fold, list) for fold in known}
 
 
 class Fold:
@@ -398,7 +406,8 @@ def main(argv: list[str] | None = None) -> int:
     folds = dataset.make_folds(table, args.fold, args.split, args.val_fraction, args.seed)
     grid = dataset.check_grid(table)
     model = models.require_model(args.model, grid.shape)
-    devices.check_batch(args.batch, models.largest_output(args.model, grid.shape), device)
+    largest = models.largest_output(args.model, grid.shape)
+    devices.check_batch(args.batch, largest, device)
     options = {name: value for name, value in vars(args).items() if name not in INCIDENTAL}
     identity: dict[str, Any] = {"csv_sha256": storage.sha256(args.path)}
     identity |= {"scans_sha256": dataset.scans_digest(table)}
@@ -409,6 +418,7 @@ def main(argv: list[str] | None = None) -> int:
     if storage.check_folder(args.outpath, "run.json", identity, WRITTEN, overwrite):
         with storage.locked(args.outpath / storage.LOCK):  # another process may remove folds of its own
             check_folds(args.outpath, folds)
+            trained_on(args.outpath)
             for fold in every:
                 if not (args.overwrite and fold.number in chosen):
                     fold.check(model)
@@ -416,8 +426,9 @@ def main(argv: list[str] | None = None) -> int:
     limits = work, "lower --batch, take fewer filters, or --cache disk"
     with utils.enough(*limits):
         scans = dataset.open_scans(
-            table, grid, args.cache, args.outpath / "cache", args.workers, device, bool(args.run_folds)
-        )
+            table, grid, args.cache, args.outpath / "cache", args.workers, device, bool(args.run_folds),
+            devices.training_need(args.batch, largest),
+        )  # fmt: skip
     load = partial(
         make_loader, scans, folds, batch=args.batch, workers=args.workers, seed=args.seed, device=device
     )

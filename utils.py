@@ -18,12 +18,10 @@ import torch
 from tqdm import tqdm
 
 LONGEST = 8000  # characters of an error
-# how PyTorch, cuDNN and cuBLAS say that memory does not suffice; the last three are what cuDNN says where no
-# algorithm's workspace fits, and what either says where it cannot even be set up
-SCARCE = (
-    "out of memory|can't allocate memory|_(ALLOC|ALLOCATION)_FAILED"
-    "|[Uu]nable to find (a valid cuDNN|an engine)|_STATUS_NOT_INITIALIZED"
-)
+# how PyTorch, cuDNN and cuBLAS say that memory does not suffice
+SCARCE = "out of memory|can't allocate memory|_(ALLOC|ALLOCATION)_FAILED"
+# and what cuDNN says where no algorithm's workspace fits, or either where it cannot even be set up
+REFUSED = "[Uu]nable to find (a valid cuDNN|an engine)|_STATUS_NOT_INITIALIZED"
 
 
 Main = TypeVar("Main", bound=Callable[..., int])
@@ -150,6 +148,11 @@ def enough(work: str, advice: str) -> Iterator[None]:
     except RuntimeError as problem:  # PyTorch's, by their words: on a CPU they have no class of their own
         if re.search(SCARCE, str(problem)):
             raise Failure(f"{work}: out of memory; {advice} ({problem})") from problem
+        if re.search(REFUSED, str(problem)):
+            raise Failure(
+                f"{work}: cuDNN or cuBLAS refused, mostly for want of memory; {advice}; `make device` checks "
+                f"this machine ({problem})"
+            ) from problem
         if "DataLoader worker (pid" in str(problem):
             raise Failure(
                 f"{work}: a process that reads scans ended; lower --workers ({problem})"

@@ -63,7 +63,7 @@ def killed(process: subprocess.Popen, dice: random.Random) -> bool:
 
 
 def holds_a_lock(pid: int) -> bool:
-    """Whether a process is past its checks and has begun to write, as the kernel's list of locks says."""
+    """Whether a process has begun to work on a folder, as the kernel's list of locks says."""
     return any(line.split()[4] == str(pid) for line in Path("/proc/locks").read_text().splitlines())
 
 

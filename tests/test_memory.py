@@ -73,6 +73,16 @@ def test_a_container_sees_the_upper_end_of_its_path(tmp_path):
     assert memory.available(tmp_path, {}) == 3 * GB
 
 
+def test_a_group_that_says_only_half(tmp_path):
+    """Without a memory.stat its limit counts; one that cannot be read is passed over."""
+    machine(tmp_path, groups="0::/user/job\n")
+    top = tmp_path / "sys/fs/cgroup"
+    group(top / "user", 2, 4 * GB, GB, cached=GB)
+    (top / "user/memory.stat").unlink()
+    (top / "user/job/memory.max").mkdir(parents=True)
+    assert memory.available(tmp_path, {}) == 3 * GB
+
+
 def test_a_group_that_is_full_leaves_nothing(tmp_path):
     machine(tmp_path, groups="0::/\n")
     group(tmp_path / "sys/fs/cgroup", 2, GB, 2 * GB)

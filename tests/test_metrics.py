@@ -170,6 +170,15 @@ def test_scores_of_draws_with_one_label_are_left_out(few_draws):
     assert (pooled["auc_low"], pooled["auc_high"]) == (1, 1)
 
 
+def test_scans_and_subjects_are_counted(few_draws):
+    """Twelve scans of five people, one of whom has scans in no other fold than their own."""
+    table = noisy(12).assign(fold=[0] * 7 + [1] * 5, subject=list("aaaabbb" + "ccdde"))
+    found = metrics.metrics_table(table, seed=0)
+    assert found["n"].tolist() == [7, 5, 12]
+    assert found["subjects"].tolist() == [2, 3, 5]
+    assert metrics.summary(found).startswith("tests of all folds (12 scans of 5 subjects): ")
+
+
 def test_summary_names_every_score(few_draws):
     table = metrics.metrics_table(noisy(20), seed=0)
     line = metrics.summary(table)

@@ -49,6 +49,7 @@ VICTIM = "scans/003.nii"  # row 5 of data.csv
 CHECKPOINT = "models/state_dict_f1.pth"
 SMALL = (12, 13, 14)  # grid of the maps that are compared
 BEYOND = torch.cuda.device_count()  # the first GPU that is not there
+NO_MPS = not torch.backends.mps.is_available()
 
 Spoil = Callable[[], object]
 
@@ -434,7 +435,7 @@ OPTIONS += [
         ("train_cv", "--model modelB0", ["modelB0", "number of filters"], ""),
         ("train_cv", "--model resnet", ["resnet", "modelA24"], ""),
         ("train_cv", "--split random", ["stratified", "contiguous"], ""),
-        ("train_cv", "--device mps", ["--device mps", "no MPS device", "--device cpu"], ""),
+        *[("train_cv", "--device mps", ["--device mps", "no MPS device", "--device cpu"], "")] * NO_MPS,
         ("train_cv", "--precision fp16", ["fp32", "bf16"], ""),
         ("train_cv", "--precision tf32", ["--precision tf32", "cpu", "use fp32"], " on a CPU"),
         ("train_cv", "--cache tape", ["ram", "disk"], ""),
@@ -454,7 +455,7 @@ OPTIONS += [
         ("heatmap", "--run-folds 2", ["2", "0 to 1"], ""),
         ("heatmap", f"--device {BEYOND}", [f"--device {BEYOND}"], ""),
         ("heatmap", "--device tpu", ["--device tpu"], ""),
-        ("heatmap", "--device mps", ["--device mps", "no MPS device"], ""),
+        *[("heatmap", "--device mps", ["--device mps", "no MPS device"], "")] * NO_MPS,
         ("heatmap", "--modelpath none", ["none", "no such folder"], ""),
         ("heatmap", "--modelpath data.csv", ["data.csv", "folder"], ", a file"),
         ("heatmap", "--modelpath scans", ["scans", "run.json", "--model"], ", a folder of other files"),

@@ -501,10 +501,12 @@ def test_jobs_that_share_scans_prefer_the_disk(tmp_path, monkeypatch, memory, di
 GPU = torch.device("cuda", 0)
 
 
-@pytest.mark.parametrize(("free", "fits"), [(200, True), (199, False)])
-def test_gpu_cache_takes_at_most_half_of_what_is_free_there(monkeypatch, free, fits):
+@pytest.mark.parametrize(
+    ("free", "need", "fits"), [(200, 0, True), (199, 0, False), (300, 200, True), (300, 201, False)]
+)
+def test_gpu_cache_takes_at_most_half_and_leaves_what_a_network_needs(monkeypatch, free, need, fits):
     monkeypatch.setattr("devices.free_memory", lambda device: free)
-    assert dataset.fits_on_gpu(100, GPU) == fits
+    assert dataset.fits_on_gpu(100, GPU, need) == fits
     assert not dataset.fits_on_gpu(0, torch.device("cpu"))
 
 

@@ -449,8 +449,8 @@ def test_a_kernel_without_a_gradient_is_found(monkeypatch, precision):
     """However small its share of the whole gradient is; here the last convolution's."""
     right = selfcheck.gradients
 
-    def wrong(model: models.CNN3d, *arguments: Any) -> Tensor:
-        found = right(model, *arguments)
+    def wrong(model: models.CNN3d, *arguments: Any, **options: Any) -> Tensor:
+        found = right(model, *arguments, **options)
         sizes = selfcheck.kernels(model)
         parts = list(found.split([*sizes, len(found) - sum(sizes)]))
         parts[4] = torch.zeros_like(parts[4])

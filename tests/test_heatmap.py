@@ -625,6 +625,9 @@ def test_overwrite_of_one_fold_keeps_the_others(copy, run, maps, monkeypatch, ca
     assert len(kept) == 1 + len(read_table(maps / "LRP" / "subjects.csv").query("fold == 1"))
     assert contents(copy / "LRP").items() >= kept.items()
     assert set(contents(copy / "LRP")) == {*kept, "map.json", "subjects.csv"}
+    assert set(read_table(copy / "LRP" / "subjects.csv")["fold"]) == {1}
+    record = storage.read_json(copy / "LRP" / "map.json")
+    assert all(set(record[name]) == {"1"} for name in heatmap.MADE)
     monkeypatch.undo()
     assert explain("LRP", run, copy, *options) == 0
     assert "kept" not in capsys.readouterr().out
@@ -632,6 +635,15 @@ def test_overwrite_of_one_fold_keeps_the_others(copy, run, maps, monkeypatch, ca
     assert {name: found[name] for name in expected if name != "map.json"} == {
         name: expected[name] for name in expected if name != "map.json"
     }
+
+
+def test_record_that_was_edited_is_refused_before_anything_is_overwritten(copy, run, capsys):
+    file = copy / "LRP" / "map.json"
+    file.write_text(json.dumps(storage.read_json(file) | {"zero_maps_per_fold": 3}))
+    before = contents(copy)
+    assert explain("LRP", run, copy, "--save-subjects", "--run-folds", "0", "--overwrite") == 2
+    assert "map.json: is damaged: 'zero_maps_per_fold' is 3" in only_error(capsys.readouterr().err)
+    assert contents(copy) == before
 
 
 def _interrupted(*_: object) -> None:

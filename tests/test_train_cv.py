@@ -536,6 +536,11 @@ def test_overwrite_of_one_fold_by_another_run_is_refused(copy, csv, capsys):
     assert train(csv, copy, "--epochs", "1", "--run-folds", "0", "--overwrite") == 2
     line = only_error(capsys.readouterr().err)
     assert all(word in line for word in ["epochs (", "1 now", "--overwrite without --run-folds"])
+    record = storage.read_json(copy / "run.json")
+    storage.write_json(record | {"devices_per_fold": {"0": "GPU"}}, copy / "run.json")
+    assert train(csv, copy, "--run-folds", "0", "--overwrite") == 2
+    assert "run.json: is damaged: '0' is 'GPU'" in only_error(capsys.readouterr().err)
+    (copy / "run.json").write_bytes(before["run.json"])
     (copy / "folds.csv").write_text("edited")
     assert train(csv, copy, "--run-folds", "0", "--overwrite") == 2
     assert "folds.csv: is not as this run wrote it" in only_error(capsys.readouterr().err)

@@ -118,15 +118,30 @@ def test_memory_that_does_not_suffice_is_a_failure():
         "CUDA out of memory. Tried to allocate 20.00 GiB. GPU 0 has a total capacity of 15.77 GiB",
         "cuDNN error: CUDNN_STATUS_ALLOC_FAILED",
         "CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`",
-        "Unable to find a valid cuDNN algorithm to run convolution",
-        "GET was unable to find an engine to execute this computation",
         "cuDNN error: CUDNN_STATUS_INTERNAL_ERROR_HOST_ALLOCATION_FAILED",
-        "CUDA error: CUBLAS_STATUS_NOT_INITIALIZED when calling `cublasCreate(handle)`",
     ],
 )
 def test_memory_that_does_not_suffice_on_a_gpu_is_a_failure(words):
     """In the words of PyTorch, cuDNN and cuBLAS, which raise no class of their own for it."""
     with pytest.raises(utils.Failure, match="lower --batch"), utils.enough("a batch", "lower --batch"):
+        raise RuntimeError(words)
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        "Unable to find a valid cuDNN algorithm to run convolution",
+        "GET was unable to find an engine to execute this computation",
+        "CUDA error: CUBLAS_STATUS_NOT_INITIALIZED when calling `cublasCreate(handle)`",
+    ],
+)
+def test_a_refusal_that_may_have_other_reasons_says_so(words):
+    with (
+        pytest.raises(
+            utils.Failure, match=r"refused, mostly for want of memory; lower --batch; `make device`"
+        ),
+        utils.enough("a batch", "lower --batch"),
+    ):
         raise RuntimeError(words)
 
 

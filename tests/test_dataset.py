@@ -507,7 +507,7 @@ GPU = torch.device("cuda", 0)
 def test_gpu_cache_takes_at_most_half_and_leaves_what_a_network_needs(monkeypatch, free, need, fits):
     monkeypatch.setattr("devices.free_memory", lambda device: free)
     assert dataset.fits_on_gpu(100, GPU, need) == fits
-    assert not dataset.fits_on_gpu(0, torch.device("cpu"))
+    assert not dataset.fits_on_gpu(0, torch.device("cpu"), 0)
 
 
 def test_gpu_cache_that_cannot_be(tmp_path, monkeypatch):

@@ -350,7 +350,7 @@ def test_a_loss_is_waited_for_one_step_late(monkeypatch):
 
 
 def test_only_cuda_copies_without_waiting(monkeypatch):
-    """On MPS PyTorch may read the scan after its memory was given back (pytorch#139550)."""
+    """On MPS PyTorch may read the scan after its memory was given back (pytorch#189690)."""
     copies: list[tuple[torch.device, bool]] = []
 
     class Scan:

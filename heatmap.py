@@ -458,13 +458,13 @@ def main(argv: list[str] | None = None) -> int:
     memory = utils.enough(work, "lower --batch")
     with storage.claimed(folder, [f"fold {fold}" for fold in chosen]), memory:
         start_maps(folder, identity, about, overwrite)
-        if args.overwrite:
-            strike(folder, chosen)
-        for fold in chosen:
-            if fold in finished_folds(folder, weights):
-                print(f"fold {fold}: explained before, kept")
-                continue
-            strike(folder, [fold])
+        kept = set(chosen) & set(finished_folds(folder, weights))
+        for fold in sorted(kept):
+            print(f"fold {fold}: explained before, kept")
+        missing = [fold for fold in chosen if fold not in kept]
+        if missing:
+            strike(folder, missing)
+        for fold in missing:
             model = load_fold(run, args.modelpath, scans, fold, args.weights, args.seed, device)
             if digests(run, args.modelpath, args.weights, args.seed, [fold]) != {fold: weights[fold]}:
                 raise utils.InputError(f"{args.modelpath}: the weights of fold {fold} changed meanwhile")
@@ -473,13 +473,13 @@ def main(argv: list[str] | None = None) -> int:
         # of several processes the first to see all folds finished
         with storage.locked(folder / storage.LOCK):
             finished, subjects = finished_folds(folder, weights), read_subjects(folder)
-            missing = set(range(run.k)) - set(finished)
+            missing = [fold for fold in range(run.k) if fold not in finished]
             if not missing and not all((folder / file).exists() for file in MEANS):
                 title = f"{name}, {run.model}: mean of {run.k} folds, {len(subjects)} test scans"
                 average_folds(folder, run, scans, title)
     print(summary(subjects[subjects["fold"].isin(finished)]))
     if missing:
-        print(f"not explained yet, or with other weights: folds {sorted(missing)}")
+        print(f"not explained yet, or with other weights: folds {missing}")
     else:
         print(f"written to {folder}: map_all.nii.gz, map_all.png, map_f*.nii.gz, subjects.csv")
     return 0

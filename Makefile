@@ -60,7 +60,7 @@ fuzz: .venv/dev
 lint: .venv/dev
 	.venv/bin/ruff format --check .
 	.venv/bin/ruff check .
-	.venv/bin/mypy *.py bench
+	.venv/bin/mypy *.py internals bench
 
 # The stamp files say which requirements the environment holds.
 .venv/run: requirements.txt

@@ -24,12 +24,9 @@ from sklearn.model_selection import StratifiedKFold, train_test_split
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Subset
 
-import devices
-import memory
-import nifti
-import storage
 import utils
-from nifti import Grid
+from internals import devices, memory, nifti, storage
+from internals.nifti import Grid
 
 COLUMNS = ["path", "label", "subject"]
 CACHES = ("auto", "gpu", "ram", "disk", "none")

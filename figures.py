@@ -9,8 +9,8 @@ import nibabel as nib
 import numpy as np
 import pandas as pd
 
-import storage
-from agreement import TWIN
+from internals import storage
+from overlap_scores import TWIN
 
 # Okabe and Ito's colours, told apart with any kind of colour vision; grey is left to the floors.
 COLOURS = ["#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000"]

@@ -4,7 +4,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from blocks import Network, check_arguments, norm_factor, through_relu, unpool
+from internals.folded import Network, check_arguments, norm_factor, through_relu, unpool
 from models import CNN3d, frozen
 
 

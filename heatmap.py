@@ -23,17 +23,15 @@ from torch import Tensor
 from torch.optim.swa_utils import update_bn
 
 import dataset
-import devices
 import figures
 import models
-import nifti
 import runs
 import selfcheck
-import storage
 import utils
 from dataset import Loader
 from ggc import guided_gradcam
 from ig import integrated_gradients
+from internals import devices, nifti, storage
 from lrp import lrp
 from runs import Run
 

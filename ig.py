@@ -6,8 +6,8 @@ import torch
 from torch import Tensor
 
 import utils
-from blocks import Network, check_arguments, in_slabs, pull, support, through_relu, unpool_and_pull
-from devices import values_at_once
+from internals.devices import values_at_once
+from internals.folded import Network, check_arguments, in_slabs, pull, support, through_relu, unpool_and_pull
 from models import CNN3d, frozen
 
 CHUNK = 2**24  # values of the first block's output worked on at once on a CPU, 64 MiB in float32

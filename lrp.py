@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from blocks import (
+from internals.folded import (
     Network,
     at_winners,
     check_arguments,

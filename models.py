@@ -22,9 +22,9 @@ from typing import Any, NamedTuple, cast
 import torch
 from torch import Tensor, nn
 
-import storage
 import utils
-from fused import norm_relu_pool, stacked_convolution
+from internals import storage
+from internals.fused import norm_relu_pool, stacked_convolution
 
 # family: (convolution kernel, pooling kernel) of each block, from the scan to the classifier
 FAMILIES: dict[str, tuple[tuple[int, int], ...]] = {

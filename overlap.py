@@ -22,10 +22,9 @@ from nilearn.image.resampling import BoundingBoxError
 from scipy import ndimage
 
 import figures
-import nifti
-import storage
 import utils
-from agreement import (
+from internals import nifti, storage
+from overlap_scores import (
     THRESHOLDS,
     TWIN,
     Brain,

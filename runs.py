@@ -8,8 +8,8 @@ import numpy as np
 import pandas as pd
 
 import dataset
-import storage
 import utils
+from internals import storage
 
 ROLES = {role: role for role in ("train", "val", "test")}
 

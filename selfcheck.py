@@ -13,10 +13,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-import devices
 import models
 from ggc import guided_gradcam
 from ig import integrated_gradients
+from internals import devices
 from lrp import lrp
 from utils import InputError
 

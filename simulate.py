@@ -25,8 +25,8 @@ from nilearn import datasets, image
 from scipy import ndimage
 from scipy.interpolate import BSpline
 
-import storage
 import utils
+from internals import storage
 
 ORIGIN = np.array([-96.0, -132.0, -78.0])  # mm, centre of the first voxel
 EXTENT = np.array([192, 228, 192])  # mm, first to last voxel centre

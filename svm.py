@@ -20,13 +20,12 @@ from scipy.special import expit
 from sklearn.metrics import balanced_accuracy_score, roc_auc_score
 from sklearn.svm import SVC
 
+import classifier_scores
 import dataset
 import figures
-import metrics
-import nifti
 import runs
-import storage
 import utils
+from internals import nifti, storage
 
 FOLDING = {"fold": 5, "split": "stratified", "val_fraction": 0.2, "seed": 0}  # as train_cv.py's
 CANDIDATES = [10.0**power for power in range(-6, 3)]  # of C
@@ -305,7 +304,7 @@ def fit_folds(products: np.ndarray, cohort: Cohort, C: float | None) -> list[Mac
 
 
 def predict(machines: list[Machine], products: np.ndarray, cohort: Cohort) -> pd.DataFrame:
-    """Every scan's prediction by the machine that tests it, in the columns of metrics.PREDICTIONS.
+    """Every scan's prediction by the machine that tests it, in the columns of classifier_scores.PREDICTIONS.
 
     prob_1 is the logistic function of the decision value: it ranks scans, but is not calibrated.
     """
@@ -315,7 +314,7 @@ def predict(machines: list[Machine], products: np.ndarray, cohort: Cohort) -> pd
         decision = machine.decide(products)[rows]
         about = {"fold": fold, "prob_1": expit(decision), "predicted": (decision > 0).astype(int)}
         parts.append(cohort.table.loc[rows].assign(**about))
-    return pd.concat(parts)[metrics.PREDICTIONS]
+    return pd.concat(parts)[classifier_scores.PREDICTIONS]
 
 
 # The maps ----------------------------------------------------------------------------------------
@@ -407,7 +406,7 @@ def main(argv: list[str] | None = None) -> int:
         products = linear_kernel(scans, inside)
         machines = fit_folds(products, cohort, args.C)
         predictions = predict(machines, products, cohort)
-        scores = metrics.metrics_table(predictions, cohort.folding["seed"])
+        scores = classifier_scores.metrics_table(predictions, cohort.folding["seed"])
         storage.write_csv(predictions, folder / "predictions.csv")
         storage.write_csv(scores, folder / "metrics.csv")
         mean_pattern = write_maps(machines, products, cohort, scans, inside, folder)
@@ -415,7 +414,7 @@ def main(argv: list[str] | None = None) -> int:
         record["C_per_fold"] = {str(fold): machine.C for fold, machine in enumerate(machines)}
         record["intercept_per_fold"] = {str(fold): machine.intercept for fold, machine in enumerate(machines)}
         storage.write_json(record, folder / "map.json")  # last: it says that all is finished
-    print(metrics.summary(scores))
+    print(classifier_scores.summary(scores))
     print(
         f"written to {folder}: map_all.nii.gz, map_f*.nii.gz, weights_f*.nii.gz, predictions.csv, metrics.csv"
     )

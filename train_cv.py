@@ -22,16 +22,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+import classifier_scores
 import dataset
-import devices
 import figures
-import metrics
 import models
 import selfcheck
-import storage
 import utils
 from dataset import Loader
-from devices import PRECISIONS
+from internals import devices, storage
+from internals.devices import PRECISIONS
 
 SUMMARY = ["predictions.csv", "metrics.csv", "training.png"]  # of all folds
 PER_FOLD = ["state_dict_f{}.pth", "history_f{}.csv", "progress_f{}.pth"]
@@ -253,10 +252,10 @@ def evaluate(model: nn.Module, loader: Loader) -> tuple[float, float]:
 
 
 def predict_test(model: models.CNN3d, loader: Loader, test: pd.DataFrame) -> pd.DataFrame:
-    """Predictions of one fold's test scans, in the columns of metrics.PREDICTIONS."""
+    """Predictions of one fold's test scans, in the columns of classifier_scores.PREDICTIONS."""
     logits, _ = predict(model, loader)
     prob_1 = logits.double().softmax(1)[:, 1].numpy()
-    return test.assign(prob_1=prob_1, predicted=logits.argmax(1).numpy())[metrics.PREDICTIONS]
+    return test.assign(prob_1=prob_1, predicted=logits.argmax(1).numpy())[classifier_scores.PREDICTIONS]
 
 
 # One output folder, several processes --------------------------------------------------------------
@@ -373,7 +372,7 @@ def test_folds(
     folds: pd.DataFrame,
     checkpoints: list[Path],
 ) -> pd.DataFrame:
-    """Predict every fold's test scans with that fold's weights; columns as metrics.PREDICTIONS."""
+    """Predict every fold's test scans with that fold's weights; columns as classifier_scores.PREDICTIONS."""
     model = models.build_model(name, grid.shape)
     tests = folds[folds["role"] == "test"]
     predictions = []
@@ -385,11 +384,11 @@ def test_folds(
 
 def report(predictions: pd.DataFrame, folds: list[Fold], delta: float, seed: int, outpath: Path) -> None:
     """Write predictions, metrics and the loss curves; print the scores."""
-    scores = metrics.metrics_table(predictions, seed)
+    scores = classifier_scores.metrics_table(predictions, seed)
     storage.write_csv(predictions, outpath / "predictions.csv")
     storage.write_csv(scores, outpath / "metrics.csv")
     figures.draw_training([pd.read_csv(fold.history) for fold in folds], delta, outpath / "training.png")
-    print(metrics.summary(scores))
+    print(classifier_scores.summary(scores))
     print(f"written to {outpath}: state_dict_f*.pth, predictions.csv, metrics.csv, training.png")
 
 

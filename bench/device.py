@@ -26,12 +26,12 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import dataset
-import devices
 import models
 import selfcheck
 import simulate
 import train_cv
 import utils
+from internals import devices
 
 EPOCHS = 3  # the first one warms up
 

@@ -39,7 +39,6 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import references
 
 import dataset
-import devices
 import ggc
 import ig
 import lrp
@@ -48,6 +47,7 @@ import selfcheck
 import simulate
 import train_cv
 import utils
+from internals import devices
 
 TARGETS = {  # work: at least so many times faster, at most this share of the memory, on a CPU
     "IG, 100 steps": (10, 0.6),

@@ -10,7 +10,7 @@ import torch
 from standin import StandIn
 from torch import Tensor
 
-import devices
+from internals import devices
 from models import CNN3d
 
 KINDS = {

@@ -31,10 +31,10 @@ import dataset
 import heatmap
 import models
 import overlap
-import storage
 import svm
 import train_cv
 import utils
+from internals import storage
 
 COMMANDS: dict[str, ModuleType] = {m.__name__: m for m in (train_cv, heatmap, svm, overlap)}
 TRAIN = f"--path data.csv --model {MODEL} --device cpu --fold 2 --val-fraction 0.34 --epochs 1 --workers 0"

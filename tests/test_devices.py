@@ -17,11 +17,11 @@ from standin import StandIn
 from torch import Tensor
 from torch.utils.data import DataLoader, TensorDataset
 
-import devices
 import heatmap
 import models
 import selfcheck
 import train_cv
+from internals import devices
 from utils import InputError
 
 CPU, GPU = torch.device("cpu"), torch.device("cuda", 0)

@@ -13,13 +13,13 @@ import pytest
 import torch
 from cohorts import MODEL, SHAPE, contents, only_error, voxels, write_cohort, write_scan
 
+import classifier_scores
 import dataset
 import heatmap
-import metrics
 import overlap
-import storage
 import svm
 import train_cv
+from internals import storage
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -28,7 +28,7 @@ ROOT = Path(__file__).resolve().parents[1]
 def _few_draws():
     """Fifty bootstrap draws in place of a thousand, for speed; test_metrics.py has the bootstrap."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(metrics, "DRAWS", 50)
+        patch.setattr(classifier_scores, "DRAWS", 50)
         yield
 
 

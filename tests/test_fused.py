@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fused import norm_relu_pool, stacked_convolution, statistics
+from internals.fused import norm_relu_pool, stacked_convolution, statistics
 from models import build_model
 
 

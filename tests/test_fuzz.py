@@ -23,11 +23,10 @@ from hypothesis import strategies as st
 import dataset
 import heatmap
 import models
-import nifti
 import overlap
 import runs
-import storage
 import utils
+from internals import nifti, storage
 
 ROOM = 2**30  # bytes beyond what the process has already: more is a MemoryError, which no test allows
 # The deadline is generous, as others may use the processor; a hang or a quadratic step shows all the same.

@@ -24,9 +24,9 @@ from networks import (
 from places import Place, over_places
 from torch import Tensor, nn
 
-import blocks
 import models
 from ggc import guided_gradcam
+from internals import folded
 from models import CNN3d
 
 ONE = torch.tensor([1])
@@ -118,7 +118,7 @@ def explained(case: Case, batch: int) -> tuple[CNN3d, Tensor, Tensor, Tensor]:
 @over_cases
 def test_slabs_do_not_matter(monkeypatch, case: Case):
     model, volume, target, expected = explained(case, 2)
-    monkeypatch.setattr(blocks, "SLAB", 1)
+    monkeypatch.setattr(folded, "SLAB", 1)
     assert difference(guided_gradcam(model, volume, target), expected) < ORACLE
 
 

@@ -27,17 +27,16 @@ from cohorts import (
     write_scan,
 )
 
+import classifier_scores
 import dataset
-import devices
 import heatmap
-import metrics
 import models
 import runs
-import storage
 import train_cv
 import utils
 from ggc import guided_gradcam
 from ig import integrated_gradients
+from internals import devices, storage
 from lrp import lrp
 
 K = 2
@@ -76,7 +75,7 @@ def run(csv, tmp_path_factory) -> Path:
     """A training run of one epoch, its weights replaced by lively ones; read only."""
     folder = tmp_path_factory.mktemp("run") / "models"
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(metrics, "DRAWS", 10)  # for speed; nothing here reads the intervals
+        patch.setattr(classifier_scores, "DRAWS", 10)  # for speed; nothing here reads the intervals
         assert train_cv.main(["--path", str(csv), "--outpath", str(folder), *TRAINED]) == 0
     for fold in range(K):
         torch.save(lively_weights(csv, seed=fold), folder / f"state_dict_f{fold}.pth")

@@ -20,8 +20,8 @@ from cohorts import MODEL, SHAPE, only_error, tiny_cohort, voxels, write_csv, wr
 
 import dataset
 import models
-import storage
 import utils
+from internals import storage
 
 SUITE = Path(utils.__file__).parent
 SECONDS, MEGABYTES = 30, 1000

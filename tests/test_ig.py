@@ -26,10 +26,10 @@ from networks import (
 from places import Place, over_places
 from torch import Tensor
 
-import blocks
 import ig
 import models
 from ig import integrated_gradients
+from internals import folded
 from models import CNN3d
 
 ONE = torch.tensor([1])
@@ -101,7 +101,7 @@ def test_other_baselines_equal_autograd(place: Place, case: Case, batch: int, on
 @pytest.mark.parametrize("slab", [1, 2**40])
 def test_head_in_zeros_equals_autograd(monkeypatch, case: Case, slab: int):
     """Only a box around the head is worked on, in slabs; the blank image's term is left out, as above."""
-    monkeypatch.setattr(blocks, "SLAB", slab)
+    monkeypatch.setattr(folded, "SLAB", slab)
     model, volume, target = random_network(case), head_in_zeros(case, 2), mixed_targets(2)
     found = without_blank(model, volume, target, 4)
     assert difference(found, naive_ig(model, volume, target, 4, first=1)) < ORACLE

@@ -29,8 +29,8 @@ from networks import (
 from places import Place, over_places
 from torch import Tensor
 
-import blocks
 import models
+from internals import folded
 from lrp import lrp
 from models import CNN3d
 
@@ -160,7 +160,7 @@ def gap(model: CNN3d, volume: Tensor, target: Tensor, beta: float = 0.5, epsilon
 @pytest.mark.parametrize("slab", [1, 2**40])
 def test_head_in_zeros_equals_the_plain_rule(monkeypatch, case: Case, slab: int):
     """Only a box around the head is worked on, in slabs."""
-    monkeypatch.setattr(blocks, "SLAB", slab)
+    monkeypatch.setattr(folded, "SLAB", slab)
     model, volume, target = random_network(case), head_in_zeros(case, 2), mixed_targets(2)
     with torch.no_grad():
         expected = naive_lrp(model, volume, target, 0.5, 1e-6)

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from cohorts import AFFINE, OBLIQUE, read_nifti, read_values, voxels, white, write_scan
 
-import nifti
+from internals import nifti
 from utils import InputError
 
 SHAPE = (4, 5, 6)

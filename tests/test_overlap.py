@@ -12,9 +12,9 @@ import pytest
 from cohorts import AFFINE, OBLIQUE, contents, only_error, white
 from scipy import ndimage
 
-import agreement
 import overlap
-import storage
+import overlap_scores
+from internals import storage
 
 SHAPE = (12, 13, 14)
 K = 3
@@ -75,7 +75,7 @@ def world(tmp_path_factory) -> Path:
 def few_noise_draws(monkeypatch, request):
     """Ten random maps in place of a hundred where the command is run, for speed."""
     if "world" in request.fixturenames:
-        monkeypatch.setattr(agreement, "NOISE_DRAWS", 10)
+        monkeypatch.setattr(overlap_scores, "NOISE_DRAWS", 10)
 
 
 def compare(world: Path, outpath: Path, *options: str) -> int:
@@ -89,7 +89,7 @@ def compared(world, tmp_path_factory) -> Path:
     """What the command writes; read only."""
     folder = tmp_path_factory.mktemp("compared")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(agreement, "NOISE_DRAWS", 10)
+        patch.setattr(overlap_scores, "NOISE_DRAWS", 10)
         assert compare(world, folder) == 0
     return folder
 
@@ -130,13 +130,13 @@ def test_table_has_every_map_and_floor_once(compared):
 @pytest.mark.parametrize("method", METHODS)
 def test_table_holds_the_scores_of_smoothed_magnitudes(compared, method):
     mask, truth = brain_and_truth()
-    brain, table = agreement.Brain(mask, AFFINE), read_table(compared)
+    brain, table = overlap_scores.Brain(mask, AFFINE), read_table(compared)
     folds = [fold_map(method, fold) for fold in range(K)]
     maps = {str(fold): values for fold, values in enumerate(folds)} | {"all": np.mean(folds, axis=0)}
     for fold, values in maps.items():
         for fwhm in LEVELS:
             smooth = brain.smooth(np.abs(values[mask]).astype(np.float32), fwhm)
-            expected = agreement.overlap_scores(smooth, truth[mask]) | {
+            expected = overlap_scores.overlap_scores(smooth, truth[mask]) | {
                 "smoothness_mm": brain.smoothness(smooth)
             }
             row = table[(table["method"] == method) & (table["fold"] == fold) & (table["fwhm_mm"] == fwhm)]
@@ -150,9 +150,9 @@ def test_table_holds_intervals_floors_and_gains(compared):
     folds = table[table["fold"] != "all"].set_index(["method", "fwhm_mm"])
     means = table[table["fold"] == "all"].set_index(["method", "fwhm_mm"])
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(agreement, "NOISE_DRAWS", 10)
+        patch.setattr(overlap_scores, "NOISE_DRAWS", 10)
         largest = table.loc[table["method"] != "random", "smoothness_mm"].max()
-        floor = agreement.random_floor(truth[mask], agreement.Brain(mask, AFFINE), largest, seed=0)
+        floor = overlap_scores.random_floor(truth[mask], overlap_scores.Brain(mask, AFFINE), largest, seed=0)
     for score, gain in (("dice", "minus_untrained"), ("dice_matched", "minus_untrained_matched")):
         for key in means.index:
             row = means.loc[key]
@@ -164,14 +164,14 @@ def test_table_holds_intervals_floors_and_gains(compared):
             if key[0] == "edges":
                 continue
             values = folds.loc[key, score].to_numpy()
-            low, high = agreement.bootstrap_interval(values, 0)
+            low, high = overlap_scores.bootstrap_interval(values, 0)
             assert row[f"{score}_folds_mean"] == pytest.approx(values.mean())
             assert (row[f"{score}_low"], row[f"{score}_high"]) == pytest.approx((low, high))
             if key[0] != "IG":
                 assert math.isnan(row[gain])
                 continue
             values = values - folds.loc[("IG-random", key[1]), score].to_numpy()
-            low, high = agreement.bootstrap_interval(values, 0)
+            low, high = overlap_scores.bootstrap_interval(values, 0)
             found = row[gain], row[f"{gain}_low"], row[f"{gain}_high"]
             assert found == pytest.approx((values.mean(), low, high))
 
@@ -183,7 +183,7 @@ def test_edge_filter_is_the_gradient_of_the_mean_scan(compared, world):
     edges = np.sqrt(sum(part**2 for part in sobel))[mask]
     table = read_table(compared)
     row = table[(table["method"] == "edges") & (table["fwhm_mm"] == 0)]
-    for name, value in agreement.overlap_scores(edges, truth[mask]).items():
+    for name, value in overlap_scores.overlap_scores(edges, truth[mask]).items():
         assert row[name].item() == pytest.approx(value, rel=1e-4), name
 
 

@@ -10,8 +10,8 @@ from cohorts import tiny_cohort
 
 import dataset
 import runs
-import storage
 import utils
+from internals import storage
 
 K = 2
 

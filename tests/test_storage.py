@@ -15,8 +15,8 @@ import pytest
 import torch
 from cohorts import contents
 
-import storage
 import utils
+from internals import storage
 
 SHAPE = (4, 5, 6)
 ROOT = Path(__file__).resolve().parents[1]
@@ -79,7 +79,7 @@ def test_whole_file_in_a_folder_that_is_gone_is_a_failure(tmp_path):
 
 # A process that says "held" once it holds a lock, forks a child that lives on as data loaders do, and waits.
 HOLDER = """
-import os, sys, time, storage
+import os, sys, time; from internals import storage
 from pathlib import Path
 with storage.locked(Path(sys.argv[1])):
     if os.fork() == 0:
@@ -111,7 +111,8 @@ def test_locks_of_many_processes_exclude_each_other(tmp_path):
     """Four processes add one to a number, a hundred times each; the lock file comes and goes meanwhile."""
     number, lock = tmp_path / "number", tmp_path / "lock"
     number.write_text("0")
-    program = "import sys, storage; from pathlib import Path; number, lock = map(Path, sys.argv[1:])\n"
+    program = "import sys; from internals import storage; from pathlib import Path\n"
+    program += "number, lock = map(Path, sys.argv[1:])\n"
     program += "for _ in range(100):\n with storage.locked(lock):\n"
     program += "  number.write_text(str(int(number.read_text()) + 1))"
     command = [sys.executable, "-c", program, str(number), str(lock)]
@@ -305,7 +306,7 @@ def test_some_folds_of_another_run_are_not_overwritten(tmp_path):
 def test_a_folder_where_somebody_is_at_work_is_not_overwritten(tmp_path):
     """As by a run of more folds; and a lock that a dead process left behind is nobody at work."""
     fill(tmp_path, IDENTITY)
-    program = "import sys, storage; from pathlib import Path\n"
+    program = "import sys; from internals import storage; from pathlib import Path\n"
     program += "with storage.claimed(Path(sys.argv[1]), ['fold 7']): print('ready', flush=True); input()"
     command = [sys.executable, "-c", program, str(tmp_path)]
     pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}

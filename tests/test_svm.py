@@ -11,13 +11,13 @@ import pytest
 from cohorts import AFFINE, contents, only_error, read_nifti, read_values, write_csv, write_scan
 from sklearn.svm import SVC
 
+import classifier_scores
 import dataset
 import figures
-import metrics
 import models
-import storage
 import svm
 import train_cv
+from internals import storage
 
 # nilearn, of slices this small that have nothing to show
 pytestmark = pytest.mark.filterwarnings("ignore:Warning. converting a masked element to nan")
@@ -55,7 +55,7 @@ def write_weak_cohort(folder: Path, n: int = N, shape: tuple[int, ...] = SHAPE, 
 def few_draws():
     """Bootstrap intervals of a few draws, for speed."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(metrics, "DRAWS", 10)
+        patch.setattr(classifier_scores, "DRAWS", 10)
         yield
 
 
@@ -286,12 +286,12 @@ def test_predictions_list_every_scan_once_by_its_test_fold(done, run):
 
 def test_metrics_are_those_of_the_predictions(run, tmp_path, capsys):
     assert train_svm(run, tmp_path) == 0
-    expected = metrics.metrics_table(read_table(tmp_path / "SVM" / "predictions.csv"), seed=1)
+    expected = classifier_scores.metrics_table(read_table(tmp_path / "SVM" / "predictions.csv"), seed=1)
     found = pd.read_csv(tmp_path / "SVM" / "metrics.csv", dtype={"fold": str})
     assert found["fold"].tolist() == ["0", "1", "2", "pooled"]
     columns = list(expected.columns[1:])
     assert np.allclose(found[columns].astype(float), expected[columns].astype(float), equal_nan=True)
-    assert metrics.summary(expected) in capsys.readouterr().out
+    assert classifier_scores.summary(expected) in capsys.readouterr().out
 
 
 def test_choices_are_printed(csv, run, tmp_path, capsys):

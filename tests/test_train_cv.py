@@ -34,14 +34,13 @@ from cohorts import (
 )
 from torch.utils.data import DataLoader
 
+import classifier_scores
 import dataset
-import devices
 import figures
-import metrics
 import models
-import storage
 import train_cv
 import utils
+from internals import devices, storage
 
 ROOT = Path(train_cv.__file__).parent
 K = 2
@@ -56,7 +55,7 @@ SCORES = ["accuracy", "balanced_accuracy", "auc", "sensitivity", "specificity"]
 def _few_draws() -> Iterator[None]:
     """Fifty bootstrap draws in place of a thousand, for speed; test_metrics.py has the bootstrap."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(metrics, "DRAWS", 50)
+        patch.setattr(classifier_scores, "DRAWS", 50)
         yield
 
 
@@ -238,7 +237,7 @@ def test_metrics_table(run):
     bounds = [f"{name}_{end}" for name in SCORES for end in ("low", "high")]
     assert list(found.columns) == ["fold", "n", *SCORES, "tp", "tn", "fp", "fn", *bounds, "subjects"]
     assert list(found["fold"]) == ["0", "1", "pooled"]
-    expected = metrics.metrics_table(predictions, seed=3)
+    expected = classifier_scores.metrics_table(predictions, seed=3)
     numbers = found.columns[1:]
     assert np.array_equal(found[numbers].to_numpy(float), expected[numbers].to_numpy(float), equal_nan=True)
 
@@ -342,7 +341,7 @@ def unclocked(folder: Path) -> dict[str, bytes]:
 
 def test_fold_that_another_process_trains_is_refused(copy, csv, run, capsys):
     before = contents(copy)
-    program = "import sys, storage; from pathlib import Path\n"
+    program = "import sys; from internals import storage; from pathlib import Path\n"
     program += "with storage.claimed(Path(sys.argv[1]), ['fold 1']): input()"
     command = [sys.executable, "-c", program, str(copy)]
     with subprocess.Popen(command, cwd=ROOT, stdin=subprocess.PIPE, text=True) as other:

@@ -11,8 +11,8 @@ import pytest
 import torch
 from cohorts import contents, only_error
 
-import storage
 import utils
+from internals import storage
 
 SHAPE = (4, 5, 6)
 ROOT = Path(__file__).resolve().parents[1]

@@ -19,8 +19,8 @@ import nibabel as nib
 import numpy as np
 from nibabel.spatialimages import HeaderDataError
 
-import storage
 import utils
+from internals import storage
 
 LARGEST = 70_000_000  # voxels: MNI152 at 0.5 mm, 394x466x378, fits; two at once take 0.6 GB in float32
 FURTHEST = 2**24  # bytes before the voxels: NIfTI-1 keeps their number in float32, exact up to here

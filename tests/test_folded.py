@@ -1,4 +1,4 @@
-"""blocks.py: every shortcut against the layers and autograd it stands for."""
+"""folded.py: every shortcut against the layers and autograd it stands for."""
 
 from collections.abc import Callable
 from itertools import product
@@ -21,8 +21,8 @@ from networks import (
 )
 from torch import Tensor
 
-import blocks
-from blocks import (
+from internals import folded
+from internals.folded import (
     Block,
     Network,
     check_arguments,
@@ -175,7 +175,7 @@ def test_slabs_do_not_matter(monkeypatch, case: Case, batch: int):
     layers = random_network(case).blocks()[0]
     results = []
     for slab in (1, 2 * 3 * batch * case.blocks[0][1] * case.grid[1] * case.grid[2], 2**40):
-        monkeypatch.setattr(blocks, "SLAB", slab)
+        monkeypatch.setattr(folded, "SLAB", slab)
         with torch.no_grad():
             block = Block.fold(layers)
             outputs, trace = block.forward(random_volume(case, batch))

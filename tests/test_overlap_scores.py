@@ -1,4 +1,4 @@
-"""agreement.py: scores against their definitions, smoothing, floors, intervals and the ranking."""
+"""overlap_scores.py: scores against their definitions, smoothing, floors, intervals and the ranking."""
 
 import math
 
@@ -13,7 +13,7 @@ from nilearn.image import smooth_img
 from scipy import ndimage
 from sklearn.metrics import average_precision_score, roc_auc_score
 
-import agreement
+import overlap_scores
 
 SHAPE = (12, 13, 14)
 K = 3
@@ -50,7 +50,7 @@ def plain_matched(values: np.ndarray, reference: np.ndarray) -> float:
 
 
 def check_scores(values: np.ndarray, reference: np.ndarray) -> dict[str, float]:
-    found = agreement.overlap_scores(values, reference)
+    found = overlap_scores.overlap_scores(values, reference)
     thresholds, dice = plain_curve(values, reference)
     best = max(dice)
     assert found["dice"] == pytest.approx(best, rel=1e-12)
@@ -91,7 +91,7 @@ def test_scores_by_hand():
     # three largest: reference, other, reference; k = 3
     values = np.array([10.0, 9.0, 8.0, 1.0, 0.0, 0.0])
     reference = np.array([True, False, True, False, False, True])
-    found = agreement.overlap_scores(values, reference)
+    found = overlap_scores.overlap_scores(values, reference)
     assert found["dice"] == pytest.approx(4 / 6)  # the three largest; all six give the same: 6 / 9
     assert found["dice_floor"] == pytest.approx(6 / 9)
     assert found["threshold"] == 0  # the lowest of equals
@@ -104,7 +104,7 @@ def test_scores_by_hand():
 @pytest.mark.parametrize("value", [0.0, 3.5])
 def test_constant_map_says_nothing(value):
     reference = np.arange(40) < 10
-    found = agreement.overlap_scores(np.full(40, value, np.float32), reference)
+    found = overlap_scores.overlap_scores(np.full(40, value, np.float32), reference)
     assert found["dice"] == found["dice_floor"] == pytest.approx(20 / 50)
     assert found["dice_matched"] == found["average_precision"] == pytest.approx(10 / 40)
     assert found["auc"] == 0.5
@@ -113,13 +113,13 @@ def test_constant_map_says_nothing(value):
 
 def test_perfect_map():
     reference = np.arange(50) % 7 == 0
-    found = agreement.overlap_scores(reference.astype(np.float32), reference)
+    found = overlap_scores.overlap_scores(reference.astype(np.float32), reference)
     assert [found[name] for name in ("dice", "dice_matched", "auc", "average_precision")] == [1, 1, 1, 1]
 
 
 def test_curve_is_what_the_best_is_taken_from():
     values, reference = np.random.default_rng(3).random(200), np.arange(200) % 9 == 0
-    thresholds, dice = agreement.dice_curve(values, reference)
+    thresholds, dice = overlap_scores.dice_curve(values, reference)
     expected = plain_curve(values, reference)
     assert len(thresholds) == 50
     assert np.allclose(thresholds, expected[0], rtol=1e-12)
@@ -132,7 +132,7 @@ def test_curve_is_what_the_best_is_taken_from():
 def smoothed(values: np.ndarray, fwhm: float, affine: np.ndarray) -> np.ndarray:
     """A volume smoothed with every voxel inside the mask."""
     mask = np.ones(values.shape, bool)
-    return agreement.Brain(mask, affine).smooth(values.ravel(), fwhm).reshape(values.shape)
+    return overlap_scores.Brain(mask, affine).smooth(values.ravel(), fwhm).reshape(values.shape)
 
 
 @pytest.mark.parametrize("affine", [AFFINE, OBLIQUE])
@@ -157,7 +157,7 @@ def test_smoothing_is_the_weighted_mean_of_the_mask():
     mask = random.random(shape) < 0.6
     values = random.random(mask.sum()).astype(np.float32)
     places = np.argwhere(mask) * nib.affines.voxel_sizes(AFFINE)
-    found = agreement.Brain(mask, AFFINE).smooth(values, fwhm)
+    found = overlap_scores.Brain(mask, AFFINE).smooth(values, fwhm)
     for i, place in enumerate(places):
         weight = np.exp(-4 * math.log(2) * ((places - place) ** 2).sum(1) / fwhm**2)
         # scipy cuts the kernel at 4 sd, which leaves out less than 1e-4 of it per axis
@@ -174,7 +174,7 @@ def test_smoothing_agrees_with_nilearn_away_from_the_edge():
 def test_nothing_leaks_in_from_outside_the_mask_and_constants_stay():
     mask = np.zeros(SHAPE, bool)
     mask[2:9, 3:11, 4:12] = True
-    brain = agreement.Brain(mask, AFFINE)
+    brain = overlap_scores.Brain(mask, AFFINE)
     assert np.allclose(brain.smooth(np.full(mask.sum(), 2.5, np.float32), 9), 2.5, rtol=1e-5)
     assert brain.mask.shape == (7, 8, 8)
     same = np.arange(mask.sum(), dtype=np.float32)
@@ -188,14 +188,14 @@ def test_smoothness_of_smoothed_noise_is_recovered_in_mm(fwhm):
         field = ndimage.gaussian_filter1d(field, fwhm / size / math.sqrt(8 * math.log(2)), axis, mode="wrap")
     mask = np.zeros(field.shape, bool)
     mask[5:55, 8:58, 3:50] = True
-    found = agreement.Brain(mask, AFFINE).smoothness(field[mask])
+    found = overlap_scores.Brain(mask, AFFINE).smoothness(field[mask])
     assert found == pytest.approx(fwhm, rel=0.06)  # sampling error of one field of this size: about 2 %
 
 
 def test_smoothness_ignores_what_lies_outside_the_mask():
     mask = white((16, 16, 16), 1) > -0.5
     ramp = np.add.outer(np.add.outer(np.arange(16.0), np.arange(16.0)), np.arange(16.0)).astype(np.float32)
-    brain = agreement.Brain(mask, np.eye(4))
+    brain = overlap_scores.Brain(mask, np.eye(4))
     values = ramp[mask]
     # every neighbouring pair differs by 1, so that all three axes have the same correlation
     correlation = 1 - 1 / (2 * values.var(dtype=float))
@@ -205,7 +205,7 @@ def test_smoothness_ignores_what_lies_outside_the_mask():
 
 
 def test_smoothness_of_extremes():
-    brain = agreement.Brain(np.ones((10, 10, 10), bool), np.eye(4))
+    brain = overlap_scores.Brain(np.ones((10, 10, 10), bool), np.eye(4))
     assert math.isnan(brain.smoothness(np.full(1000, 4.7, np.float32)))
     board = np.indices((10, 10, 10)).sum(0) % 2
     assert brain.smoothness(board.ravel().astype(np.float32)) == 0
@@ -226,13 +226,13 @@ def blobs() -> tuple[np.ndarray, np.ndarray]:
 def test_random_maps_exceed_their_floor_one_time_in_twenty(fwhm):
     """Signed white noise, its magnitude taken and smoothed as a map's is, judged by its own smoothness."""
     mask, truth = blobs()
-    brain, reference = agreement.Brain(mask, 2 * np.eye(4)), truth[mask]
-    floor = agreement.random_floor(reference, brain, largest=10, seed=1)
+    brain, reference = overlap_scores.Brain(mask, 2 * np.eye(4)), truth[mask]
+    floor = overlap_scores.random_floor(reference, brain, largest=10, seed=1)
     exceeded = np.zeros(2)
     n = 400
     for draw in range(n):
         values = brain.smooth(np.abs(white((mask.sum(),), 1000 + draw)), fwhm)
-        found, size = agreement.overlap_scores(values, reference), brain.smoothness(values)
+        found, size = overlap_scores.overlap_scores(values, reference), brain.smoothness(values)
         for i, score in enumerate(("dice", "dice_matched")):
             exceeded[i] += found[score] > np.interp(size, floor["smoothness_mm"], floor[score])
     # 5 %; the percentile is known from 100 draws (sd 2.2 %), the share from 400 (sd 1.1 %)
@@ -241,27 +241,27 @@ def test_random_maps_exceed_their_floor_one_time_in_twenty(fwhm):
 
 def test_random_floor_rises_with_smoothness_and_reaches_far_enough():
     mask, truth = blobs()
-    brain, reference = agreement.Brain(mask, 2 * np.eye(4)), truth[mask]
-    floor = agreement.random_floor(reference, brain, largest=9.0, seed=0)
+    brain, reference = overlap_scores.Brain(mask, 2 * np.eye(4)), truth[mask]
+    floor = overlap_scores.random_floor(reference, brain, largest=9.0, seed=0)
     assert floor["smoothness_mm"].is_monotonic_increasing
     assert floor["smoothness_mm"].iloc[0] < 2
     assert floor["smoothness_mm"].iloc[-1] > 9
     assert floor["dice"].iloc[-1] > 1.3 * floor["dice"].iloc[0]
     chance = reference.mean()
     assert (floor["dice_matched"] > chance).all()
-    assert floor.equals(agreement.random_floor(reference, brain, largest=9.0, seed=0))
-    assert not floor.equals(agreement.random_floor(reference, brain, largest=9.0, seed=1))
+    assert floor.equals(overlap_scores.random_floor(reference, brain, largest=9.0, seed=0))
+    assert not floor.equals(overlap_scores.random_floor(reference, brain, largest=9.0, seed=1))
 
 
 def test_deep_reference_gains_nothing_from_smoothing_noise():
     """Zeros smoothed in from outside would make the magnitude of any noise largest deep in the brain."""
     mask, _ = blobs()
     deep = ndimage.binary_erosion(mask, iterations=5)
-    brain = agreement.Brain(mask, 2 * np.eye(4))
+    brain = overlap_scores.Brain(mask, 2 * np.eye(4))
     areas = []
     for draw in range(40):
         values = brain.smooth(np.abs(white((mask.sum(),), draw)), 12)
-        areas.append(agreement.overlap_scores(values, deep[mask])["auc"])
+        areas.append(overlap_scores.overlap_scores(values, deep[mask])["auc"])
     # 40 draws; the mean AUC of plain smoothing is above 0.95 here
     assert np.mean(areas) == pytest.approx(0.5, abs=4 * float(np.std(areas)) / math.sqrt(40))
 
@@ -271,7 +271,7 @@ def test_deep_reference_gains_nothing_from_smoothing_noise():
 
 def test_interval_by_definition():
     values = np.array([0.1, 0.25, 0.2, 0.4])
-    low, high = agreement.bootstrap_interval(values, seed=0)
+    low, high = overlap_scores.bootstrap_interval(values, seed=0)
     means = [np.mean(draw) for draw in np.stack(np.meshgrid(*[values] * 4), -1).reshape(-1, 4)]
     exact = np.percentile(means, [2.5, 97.5])  # all 256 draws
     assert np.allclose([low, high], exact, atol=0.012)  # one step between neighbouring means
@@ -279,15 +279,15 @@ def test_interval_by_definition():
 
 def test_interval_has_a_seed():
     values = np.random.default_rng(0).random((2, 5))
-    first, again, other = (agreement.bootstrap_interval(values, seed) for seed in (0, 0, 1))
+    first, again, other = (overlap_scores.bootstrap_interval(values, seed) for seed in (0, 0, 1))
     assert np.array_equal(first, again)
     assert not np.array_equal(first, other)
     assert np.allclose(first, other, atol=0.02)
-    assert np.array_equal(agreement.bootstrap_interval(values[1], 0), [first[0][1], first[1][1]])
+    assert np.array_equal(overlap_scores.bootstrap_interval(values[1], 0), [first[0][1], first[1][1]])
 
 
 def test_interval_of_equal_folds_has_no_width():
-    low, high = agreement.bootstrap_interval(np.full(5, 0.25), seed=3)
+    low, high = overlap_scores.bootstrap_interval(np.full(5, 0.25), seed=3)
     assert low == high == 0.25
 
 
@@ -295,7 +295,7 @@ def test_interval_of_equal_folds_has_no_width():
 def test_intervals_of_few_folds_are_too_narrow(folds, expected):
     """What the README says of five folds. The spread of a share of 1000 intervals is 0.012 at most."""
     values = np.random.default_rng(0).standard_normal((1000, folds))
-    low, high = agreement.bootstrap_interval(values, seed=1)
+    low, high = overlap_scores.bootstrap_interval(values, seed=1)
     covered = np.mean((low <= 0) & (high >= 0))
     print(f"{folds} folds: {covered:.3f} of the intervals hold the true mean")
     assert covered == pytest.approx(expected, abs=0.03)
@@ -325,12 +325,14 @@ MEANS = {"C": 0.6, "A": 0.8, "B": 0.7, "A-random": 0.65}
 
 
 def test_better_only_where_the_paired_interval_is_above_zero():
-    ranked = agreement.rank(agreement.add_intervals(scored(FOLDS, MEANS), 0), 8, 0).set_index("method")
+    ranked = overlap_scores.rank(overlap_scores.add_intervals(scored(FOLDS, MEANS), 0), 8, 0).set_index(
+        "method"
+    )
     assert list(ranked.index) == ["A", "B", "A-random", "C", "edges"]
     assert ranked["than_the_next"].fillna("").tolist() == ["better", "not separated", "", "", ""]
     for name, following in (("A", "B"), ("B", "C")):
         gain = np.subtract(FOLDS[name], FOLDS[following])
-        low, high = agreement.bootstrap_interval(gain, 0)
+        low, high = overlap_scores.bootstrap_interval(gain, 0)
         row = ranked.loc[name, ["difference", "difference_low", "difference_high"]].astype(float)
         assert np.allclose(row, [gain.mean(), low, high])
     assert (ranked["edges_dice"] == 0.05).all()
@@ -340,21 +342,23 @@ def test_better_only_where_the_paired_interval_is_above_zero():
 
 def test_never_better_where_the_folds_say_the_opposite():
     means = {"A": 0.6, "B": 0.7}
-    ranked = agreement.rank(agreement.add_intervals(scored({m: FOLDS[m] for m in "AB"}, means), 0), 8, 0)
+    ranked = overlap_scores.rank(
+        overlap_scores.add_intervals(scored({m: FOLDS[m] for m in "AB"}, means), 0), 8, 0
+    )
     assert ranked["method"].tolist() == ["B", "A", "edges"]
     assert ranked["than_the_next"].fillna("").tolist() == ["not separated", "", ""]
 
 
 def test_gain_over_the_untrained_twin_is_paired():
-    table = agreement.add_intervals(scored(FOLDS, MEANS), 0)
+    table = overlap_scores.add_intervals(scored(FOLDS, MEANS), 0)
     table = table[table["fold"] == "all"].set_index("method")
     gain = np.subtract(FOLDS["A"], FOLDS["A-random"])
-    low, high = agreement.bootstrap_interval(gain, 0)
+    low, high = overlap_scores.bootstrap_interval(gain, 0)
     names = ["minus_untrained", "minus_untrained_low", "minus_untrained_high"]
     assert np.allclose(table.loc["A", names].astype(float), [gain.mean(), low, high])
     names = [name.replace("untrained", "untrained_matched") for name in names]
     assert np.allclose(table.loc["A", names].astype(float), [gain.mean() / 2, low / 2, high / 2])
     assert table.loc[["B", "C", "A-random", "edges"], "minus_untrained"].isna().all()
-    low, high = agreement.bootstrap_interval(np.array(FOLDS["A-random"]), 0)
+    low, high = overlap_scores.bootstrap_interval(np.array(FOLDS["A-random"]), 0)
     assert np.allclose(table.loc["A-random", ["dice_low", "dice_high"]].astype(float), [low, high])
     assert table.loc["A-random", "dice_folds_mean"] == pytest.approx(np.mean(FOLDS["A-random"]))

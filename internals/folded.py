@@ -24,7 +24,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from devices import values_at_once
+from internals.devices import values_at_once
 from models import CLASSES, BlockLayers, CNN3d, in_layout, layout
 
 SLAB = 2**23  # values of a convolution's output that are worked on at once on a CPU, 32 MiB in float32

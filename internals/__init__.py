@@ -1,0 +1,1 @@
+"""What keeps commands safe, resumable and fast. Nobody needs it to follow the science."""

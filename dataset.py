@@ -26,6 +26,7 @@ from torch.utils.data import DataLoader, Dataset, Subset
 
 import utils
 from internals import devices, memory, nifti, storage
+from internals.errors import InputError, blaming
 from internals.nifti import Grid
 
 COLUMNS = ["path", "label", "subject"]
@@ -54,9 +55,9 @@ def read_csv(path: Path) -> pd.DataFrame:
         the path where there is no such column) and file (absolute Path).
 
     Raises:
-        utils.InputError: the file cannot be read as such a table, or is larger than any such.
+        InputError: the file cannot be read as such a table, or is larger than any such.
     """
-    with utils.naming(path):
+    with blaming(path):
         return _check_rows(_read_cells(path), path)
 
 
@@ -64,7 +65,7 @@ def read_rows(file: Path) -> Iterator[list[str]]:
     """The rows of a CSV in UTF-8, one at a time, without the blank ones.
 
     Raises:
-        utils.InputError: no such file, or no such text; said when the iteration gets there.
+        InputError: no such file, or no such text; said when the iteration gets there.
     """
     storage.file_size(file, "CSV")
     try:
@@ -72,7 +73,7 @@ def read_rows(file: Path) -> Iterator[list[str]]:
             rows = csv.reader(_lines(stream), skipinitialspace=True, strict=True)
             yield from (row for row in rows if row not in ([], [""]))
     except (OSError, UnicodeError, csv.Error) as problem:
-        raise utils.InputError(f"cannot be read as a CSV ({problem})") from problem
+        raise InputError(f"cannot be read as a CSV ({problem})") from problem
 
 
 def _lines(stream: TextIO) -> Iterator[str]:
@@ -80,9 +81,9 @@ def _lines(stream: TextIO) -> Iterator[str]:
     for number in itertools.count(1):
         line = stream.readline(LONGEST_LINE + 1)
         if len(line) > LONGEST_LINE:
-            raise utils.InputError(f"line {number} has more than {LONGEST_LINE} characters")
+            raise InputError(f"line {number} has more than {LONGEST_LINE} characters")
         if "\0" in line:
-            raise utils.InputError(f"line {number} has a NUL character; expected text")
+            raise InputError(f"line {number} has a NUL character; expected text")
         if not line:
             return
         yield line
@@ -91,19 +92,17 @@ def _lines(stream: TextIO) -> Iterator[str]:
 def _read_cells(file: Path) -> pd.DataFrame:
     """Path, label and subject of every row, as text; the index is the row's number, from 1."""
     if storage.file_size(file, "CSV") > CSV_SIZE:
-        raise utils.InputError(f"is larger than {CSV_SIZE >> 20} MiB; expected a list of scans")
+        raise InputError(f"is larger than {CSV_SIZE >> 20} MiB; expected a list of scans")
     rows = read_rows(file)
     first = next(rows, [])
     header = [name.strip().lower() for name in first]
     named = "path" in header or "label" in header
     if named and not ({"path", "label"} <= set(header) and len(set(header)) == len(header)):
-        raise utils.InputError(f"the header needs 'path' and 'label', once each; it has {header}")
+        raise InputError(f"the header needs 'path' and 'label', once each; it has {header}")
     if not first:
-        raise utils.InputError("holds no scans")
+        raise InputError("holds no scans")
     if not named and len(header) != 2:
-        raise utils.InputError(
-            f"expected two columns (path, label), or a header; found {len(header)} of them"
-        )
+        raise InputError(f"expected two columns (path, label), or a header; found {len(header)} of them")
     names = header if named else COLUMNS[:2]
     cells: dict[str, list[str]] = {name: [] for name in COLUMNS if name in names}
     places = [names.index(name) for name in cells]
@@ -111,11 +110,11 @@ def _read_cells(file: Path) -> pd.DataFrame:
     for number, row in enumerate(rows if named else itertools.chain([first], rows), 1 + named):
         if len(row) > len(names) or number > MOST_ROWS:
             wrong = f"more than {MOST_ROWS} rows" if number > MOST_ROWS else f"row {number}: {len(row)} cells"
-            raise utils.InputError(f"{wrong}, expected {len(names)} in a row")
+            raise InputError(f"{wrong}, expected {len(names)} in a row")
         for column, place in zip(cells.values(), places, strict=True):
             column.append(row[place].strip() if place < len(row) else "")
     if not cells["path"]:
-        raise utils.InputError("holds no scans")
+        raise InputError("holds no scans")
     table = pd.DataFrame(cells, index=range(1 + named, number + 1), dtype=str)
     return table if "subject" in table else table.assign(subject=table["path"])
 
@@ -124,13 +123,13 @@ def _check_rows(table: pd.DataFrame, csv: Path) -> pd.DataFrame:
     """Check every cell, turn labels into integers and add the column `file`."""
     for column in COLUMNS:
         for row in table.index[table[column] == ""]:
-            raise utils.InputError(f"row {row}: the {column} is blank")
+            raise InputError(f"row {row}: the {column} is blank")
     for row in table.index[~table["label"].isin(["0", "1"])]:
-        raise utils.InputError(f"row {row}: label '{table['label'][row]}' is not 0 or 1")
+        raise InputError(f"row {row}: label '{table['label'][row]}' is not 0 or 1")
     files = [_locate(path, csv.parent, row) for row, path in table["path"].items()]
     table = table.assign(label=table["label"].astype(int), file=pd.Series(files, table.index, dtype=object))
     for row in table.index[table["file"].duplicated()]:
-        raise utils.InputError(f"row {row}: {table['path'][row]} is listed twice")
+        raise InputError(f"row {row}: {table['path'][row]} is listed twice")
     return table.reset_index(drop=True)
 
 
@@ -139,7 +138,7 @@ def _locate(path: str, folder: Path, row: Hashable) -> Path:
     try:
         return Path(os.path.abspath(folder / Path(path).expanduser()))
     except RuntimeError as problem:
-        raise utils.InputError(f"row {row}: {path}: {problem}") from problem
+        raise InputError(f"row {row}: {path}: {problem}") from problem
 
 
 # Scans -------------------------------------------------------------------------------------------
@@ -149,14 +148,14 @@ def check_grid(table: pd.DataFrame) -> Grid:
     """Read every header: all scans must be 3D, real, and share one shape and one affine.
 
     Raises:
-        utils.InputError: naming every scan that cannot be used, the first 20 in words.
+        InputError: naming every scan that cannot be used, the first 20 in words.
     """
     grids: list[Grid] = []
     problems: dict[int, str] = {}
     for row, file in enumerate(table["file"]):
         try:
             grids.append(nifti.read_grid(file))
-        except utils.InputError as problem:
+        except InputError as problem:
             problems[row] = str(problem)
             continue
         first = grids[0]
@@ -182,7 +181,7 @@ def scans_digest(table: pd.DataFrame) -> str:
                     stream.seek(start)
                     digest.update(stream.read(SAMPLE))
         except OSError as problem:
-            raise utils.InputError(f"{path}: cannot be read ({problem.strerror})") from problem
+            raise InputError(f"{path}: cannot be read ({problem.strerror})") from problem
     return digest.hexdigest()
 
 
@@ -193,16 +192,16 @@ def read_scan(file: Path) -> np.ndarray:
         float32 (X, Y, Z).
 
     Raises:
-        utils.InputError: damaged file, voxels that are not finite, or a constant scan.
+        InputError: damaged file, voxels that are not finite, or a constant scan.
     """
     values, _ = nifti.read_image(file)
     low, high = values.min(), values.max()
     if not (np.isfinite(low) and np.isfinite(high)):
-        raise utils.InputError("has voxels that are NaN or infinite")
+        raise InputError("has voxels that are NaN or infinite")
     if low == high:
-        raise utils.InputError(f"is constant (every voxel is {low:g})")
+        raise InputError(f"is constant (every voxel is {low:g})")
     if high / 2 - low / 2 > np.finfo(np.float32).max / 2:
-        raise utils.InputError(f"has voxels from {low:g} to {high:g}, too far apart for float32")
+        raise InputError(f"has voxels from {low:g} to {high:g}, too far apart for float32")
     values -= low
     values /= high - low
     return values
@@ -213,9 +212,7 @@ def _report(problems: dict[int, str], table: pd.DataFrame) -> None:
     if problems:
         lines = [f"{table['path'][row]}: {problems[row]}" for row in sorted(problems)[:SHOWN]]
         more = f" (and {len(problems) - SHOWN} more)" if len(problems) > SHOWN else ""
-        raise utils.InputError(
-            f"{len(problems)} of {len(table)} scans cannot be used: {'; '.join(lines)}{more}"
-        )
+        raise InputError(f"{len(problems)} of {len(table)} scans cannot be used: {'; '.join(lines)}{more}")
 
 
 class Scans(Dataset):
@@ -266,7 +263,7 @@ class Scans(Dataset):
         if self.cached is not None:
             volume = self.cached[i]
         else:
-            with utils.naming(self.files[i]):
+            with blaming(self.files[i]):
                 volume = read_scan(self.files[i])
         return torch.as_tensor(volume).unsqueeze(0), self.labels[i]
 
@@ -297,7 +294,7 @@ def open_scans(
         need: bytes of the device's memory that "auto" leaves to the network at least.
 
     Raises:
-        utils.InputError: naming every scan that cannot be used; or `device` has no room of its own for them.
+        InputError: naming every scan that cannot be used; or `device` has no room of its own for them.
     """
     size = 4 * len(table) * prod(grid.shape)
     if cache == "gpu":
@@ -435,7 +432,7 @@ def _fill_disk(table: pd.DataFrame, stored: Path, size: int, workers: int) -> No
                 _report(_decode(table["file"], write, workers), table)
             for former in set(storage.written(folder, ours)) - {stored}:  # of scans that have changed
                 former.unlink(missing_ok=True)
-    except utils.InputError:
+    except InputError:
         with contextlib.suppress(OSError):  # another process may have put something there
             for place in missing:
                 place.rmdir()
@@ -456,7 +453,7 @@ def _decode(files: pd.Series, keep: Callable[[int, np.ndarray], None], workers: 
     def decode(row: int) -> None:
         try:
             volume = read_scan(files[row])
-        except utils.InputError as problem:
+        except InputError as problem:
             problems[row] = str(problem)
             return
         keep(row, volume)
@@ -490,10 +487,10 @@ def fits_on_gpu(size: int, device: torch.device, need: int) -> bool:
 def check_gpu_cache(size: int, device: torch.device) -> None:
     """Raise InputError where `size` bytes of scans cannot be kept in a device's own memory."""
     if device.type != "cuda":
-        raise utils.InputError(f"--cache gpu: the device is {device}, expected a GPU of CUDA")
+        raise InputError(f"--cache gpu: the device is {device}, expected a GPU of CUDA")
     if size > devices.free_memory(device):
         free = f"{device} has {devices.free_memory(device) / 1e9:.1f} GB free"
-        raise utils.InputError(f"--cache gpu: the scans take {size / 1e9:.1f} GB, {free}")
+        raise InputError(f"--cache gpu: the scans take {size / 1e9:.1f} GB, {free}")
 
 
 def choose_cache(size: int, folder: Path, shared: bool = False) -> str:
@@ -529,14 +526,14 @@ def make_folds(table: pd.DataFrame, k: int, split: str, val_fraction: float, see
         Columns fold, role (train, val, test), path, label, subject: every scan once per fold.
 
     Raises:
-        utils.InputError: too few subjects of a class, or a subject that a block boundary cuts.
+        InputError: too few subjects of a class, or a subject that a block boundary cuts.
     """
     subjects = table.groupby("subject", sort=False)["label"].max()
     names, labels = subjects.index.to_numpy(dtype=object), subjects.to_numpy()
     counts = np.bincount(labels, minlength=2)
     needed = k if split == "stratified" else int(val_fraction > 0)
     if counts.min() < needed or counts.sum() < k:
-        raise utils.InputError(
+        raise InputError(
             f"{k} {split} folds need at least {needed} subjects of each label and {k} in all; "
             f"the CSV has {counts[0]} of label 0 and {counts[1]} of label 1"
         )
@@ -570,7 +567,7 @@ def _validation(rest: np.ndarray, labels: np.ndarray, fraction: float, seed: int
         )
         if set(labels[train]) == set(labels[val]) == {0, 1}:
             return rest[val]
-    raise utils.InputError(
+    raise InputError(
         f"--val-fraction {fraction:g} of {len(rest)} training subjects leaves training or validation "
         "without both labels"
     )
@@ -586,7 +583,7 @@ def _contiguous(table: pd.DataFrame, names: np.ndarray, labels: np.ndarray, k: i
     block = np.minimum(np.arange(len(table)) // size, k - 1)  # the last block takes the remainder
     blocks = pd.Series(block).groupby(table["subject"])
     for subject in blocks.nunique().loc[lambda n: n > 1].index:
-        raise utils.InputError(f"--split contiguous: the scans of subject {subject} fall into two blocks")
+        raise InputError(f"--split contiguous: the scans of subject {subject} fall into two blocks")
     return [table["subject"][block == fold].unique() for fold in range(k)]
 
 

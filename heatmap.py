@@ -31,7 +31,8 @@ import utils
 from dataset import Loader
 from ggc import guided_gradcam
 from ig import integrated_gradients
-from internals import devices, nifti, storage
+from internals import devices, nifti, process, storage
+from internals.errors import InputError, blaming
 from lrp import lrp
 from runs import Run
 
@@ -57,7 +58,7 @@ MADE = ("weights_sha256", "scans_per_fold", "zero_maps_per_fold", "device_per_fo
 def get_parser() -> argparse.ArgumentParser:
     """The options of this command."""
     parser = utils.ArgumentParser(__doc__)
-    whole = utils.number(int, at_least=1)
+    whole = utils.bounded(int, at_least=1)
     add = parser.add_argument
     add("--method", choices=METHODS, required=True, help="how the networks are explained")
     add("--path", type=Path, metavar="CSV", help="list of scans (default: the run's)")
@@ -65,12 +66,12 @@ def get_parser() -> argparse.ArgumentParser:
     add("--model", help="family A-D and number of filters (default: the run's)")
     add("--outpath", type=Path, default=Path("heatmaps"), metavar="DIR", help="maps go to DIR/METHOD")
     add("--device", default="auto", help="GPU number, cpu, cuda:N, mps or auto")
-    add("--fold", type=utils.number(int, at_least=2), help="number of folds (default: the run's, else 5)")
+    add("--fold", type=utils.bounded(int, at_least=2), help="number of folds (default: the run's, else 5)")
     add("--batch", type=whole, default=1, help="scans explained at once")
-    add("--run-folds", type=utils.number(int, at_least=0), nargs="+", metavar="I", help="only these folds")
+    add("--run-folds", type=utils.bounded(int, at_least=0), nargs="+", metavar="I", help="only these folds")
     add("--target", choices=TARGETS, default="label", help="the logit to explain")
     add("--weights", choices=WEIGHTS, default="trained", help="or untrained: maps to hold the others against")
-    seed = utils.number(int, at_least=0, at_most=2**32 - 1)
+    seed = utils.bounded(int, at_least=0, at_most=2**32 - 1)
     add("--seed", type=seed, default=0, help="of random weights")
     add("--steps", type=whole, default=100, help="IG: steps of the Riemann sum")
     add(
@@ -81,7 +82,7 @@ def get_parser() -> argparse.ArgumentParser:
     )
     add(
         "--beta",
-        type=utils.number(float, at_least=0, at_most=100),
+        type=utils.bounded(float, at_least=0, at_most=100),
         default=0.5,
         help="LRP: weight of inhibiting contributions",
     )
@@ -192,7 +193,7 @@ def training_controls(run: Run, fold: int) -> list[int]:
     """The rows of a fold's training controls; InputError where it has none."""
     controls = [row for row in dataset.rows(run.folds, fold, "train") if run.table["label"][row] == 0]
     if not controls:
-        raise utils.InputError(f"--baseline controls: fold {fold} has no controls among its training scans")
+        raise InputError(f"--baseline controls: fold {fold} has no controls among its training scans")
     return controls
 
 
@@ -309,7 +310,7 @@ def average_folds(folder: Path, run: Run, scans: dataset.Scans, title: str) -> N
 def method_options(method: str, given: dict[str, Any]) -> dict[str, Any]:
     """Those of the given options that shape a method's maps, as map.json keeps them."""
     if given["baseline"] == "controls" and method != "IG":
-        raise utils.InputError(f"--baseline controls: only IG has a baseline, {method} has none")
+        raise InputError(f"--baseline controls: only IG has a baseline, {method} has none")
     own = {"IG": ("steps", "baseline"), "LRP": ("beta",), "GGC": ()}[method]
     seed = ("seed",) if given["weights"] == "random" else ()
     return {name: given[name] for name in ("target", "save_subjects", "weights", *seed, *own)}
@@ -326,19 +327,19 @@ def read_subjects(folder: Path) -> pd.DataFrame:
     file = folder / "subjects.csv"
     if not file.exists():
         return pd.DataFrame(columns=SUBJECT_COLUMNS)
-    with utils.naming(file):
+    with blaming(file):
         rows = dataset.read_rows(file)
         header = next(rows, None)
         if header == SUBJECT_COLUMNS[:-1]:
-            raise utils.InputError(
+            raise InputError(
                 "is of an earlier version (no column zero); --overwrite without --run-folds starts again"
             )
         if header != SUBJECT_COLUMNS:
-            raise utils.InputError(f"is damaged: expected the columns {', '.join(SUBJECT_COLUMNS)}")
+            raise InputError(f"is damaged: expected the columns {', '.join(SUBJECT_COLUMNS)}")
         try:
             return pd.DataFrame([_subject(row) for row in rows], columns=SUBJECT_COLUMNS)
         except ValueError as problem:
-            raise utils.InputError(f"is damaged ({problem})") from problem
+            raise InputError(f"is damaged ({problem})") from problem
 
 
 def _subject(row: list[str]) -> list[Any]:
@@ -398,7 +399,7 @@ def strike(folder: Path, folds: list[int]) -> None:
 def read_made(folder: Path) -> dict[str, dict[str, Any]]:
     """What map.json says of the finished folds: the entries of MADE, by the fold's number as text."""
     record = storage.read_json(folder / "map.json")
-    with utils.naming(folder / "map.json"):
+    with blaming(folder / "map.json"):
         return {name: storage.recorded({name: {}} | record, name, dict) for name in MADE}
 
 
@@ -428,7 +429,7 @@ def summary(subjects: pd.DataFrame) -> str:
 def main(argv: list[str] | None = None) -> int:
     """Check everything, explain the folds, average them."""
     args = get_parser().parse_args(argv)
-    utils.hold_memory()
+    process.keep_freed_memory()
     device = selfcheck.open_device(args.device)
     options = method_options(args.method, vars(args))
     run = runs.find_run(args.modelpath, args.path, args.model, args.fold)
@@ -453,7 +454,7 @@ def main(argv: list[str] | None = None) -> int:
     scans = dataset.open_scans(run.table, run.grid, "reuse", args.modelpath / "cache", WORKERS)
 
     work = f"--batch {args.batch} of {'x'.join(map(str, run.grid.shape))} voxels, {run.model}, on {device}"
-    memory = utils.enough(work, "lower --batch")
+    memory = process.out_of_memory(work, "lower --batch")
     with storage.claimed(folder, [f"fold {fold}" for fold in chosen]), memory:
         start_maps(folder, identity, about, overwrite)
         kept = set(chosen) & set(finished_folds(folder, weights))
@@ -465,7 +466,7 @@ def main(argv: list[str] | None = None) -> int:
         for fold in missing:
             model = load_fold(run, args.modelpath, scans, fold, args.weights, args.seed, device)
             if digests(run, args.modelpath, args.weights, args.seed, [fold]) != {fold: weights[fold]}:
-                raise utils.InputError(f"{args.modelpath}: the weights of fold {fold} changed meanwhile")
+                raise InputError(f"{args.modelpath}: the weights of fold {fold} changed meanwhile")
             rows = map_fold(model, run, scans, fold, args.method, options, args.batch, folder)
             save_rows(folder, fold, rows, weights[fold], devices.describe(device))
         # of several processes the first to see all folds finished

@@ -22,8 +22,8 @@ from typing import Any, NamedTuple, cast
 import torch
 from torch import Tensor, nn
 
-import utils
 from internals import storage
+from internals.errors import InputError, blaming
 from internals.fused import norm_relu_pool, stacked_convolution
 
 # family: (convolution kernel, pooling kernel) of each block, from the scan to the classifier
@@ -179,7 +179,7 @@ def require_model(name: str, input_shape: tuple[int, int, int]) -> CNN3d:
     try:
         return build_model(name, input_shape)
     except ValueError as problem:
-        raise utils.InputError(f"--model: {problem}") from problem
+        raise InputError(f"--model: {problem}") from problem
 
 
 def load_weights(model: CNN3d, path: Path, device: torch.device) -> CNN3d:
@@ -189,18 +189,18 @@ def load_weights(model: CNN3d, path: Path, device: torch.device) -> CNN3d:
     than the model's weights can be is not even opened.
 
     Raises:
-        utils.InputError: no such file, not a state dict, of another architecture, width or grid,
+        InputError: no such file, not a state dict, of another architecture, width or grid,
             or with weights that are not finite.
     """
     expected = model.state_dict()
-    with utils.naming(path):
+    with blaming(path):
         try:
             content = _read_checkpoint(path, sum(values.nbytes for values in expected.values()))
             state = torch.load(content, map_location="cpu", weights_only=True)
         except UNREADABLE as problem:
-            raise utils.InputError(f"not a PyTorch state dict ({type(problem).__name__})") from problem
+            raise InputError(f"not a PyTorch state dict ({type(problem).__name__})") from problem
         if not isinstance(state, dict) or state.keys() != expected.keys():
-            raise utils.InputError("not the weights of this model (other layers)")
+            raise InputError("not the weights of this model (other layers)")
         for key, wanted in expected.items():
             _check_tensor(key, state[key], wanted)
     model.load_state_dict(state)
@@ -214,19 +214,17 @@ def _read_checkpoint(path: Path, needed: int) -> io.BytesIO:
         needed: bytes of the model's weights.
 
     Raises:
-        utils.InputError: too large, or it asks for more than tensors: `weights_only` allows a `bytearray`
+        InputError: too large, or it asks for more than tensors: `weights_only` allows a `bytearray`
             of any length, for one.
     """
     room = 4 * needed + 2**20  # weights may be stored in float64, and beside other things
     if storage.file_size(path, "checkpoint") > room:
-        raise utils.InputError(f"not a PyTorch state dict of this model: larger than {room} bytes")
+        raise InputError(f"not a PyTorch state dict of this model: larger than {room} bytes")
     content = io.BytesIO(path.read_bytes())  # from a file, a pickle could ask for a text of any length
     if content.getvalue().startswith(ZIP):
         with zipfile.ZipFile(content) as archive:
             if sum(entry.file_size for entry in archive.infolist()) > room:
-                raise utils.InputError(
-                    f"not a PyTorch state dict of this model: unpacks to over {room} bytes"
-                )
+                raise InputError(f"not a PyTorch state dict of this model: unpacks to over {room} bytes")
             for name in archive.namelist():
                 if name.endswith(".pkl"):
                     _check_pickle(io.BytesIO(archive.read(name)))
@@ -241,21 +239,21 @@ def _check_pickle(stream: io.BytesIO) -> None:
     """Read one pickle's instructions, without following them; InputError for a name that no weights need."""
     for instruction, name, _ in pickletools.genops(stream):
         if instruction.name == "GLOBAL" and not re.fullmatch(TENSOR_NAMES, str(name)):
-            raise utils.InputError(f"not a PyTorch state dict of plain tensors: it asks for {name}")
+            raise InputError(f"not a PyTorch state dict of plain tensors: it asks for {name}")
 
 
 def _check_tensor(key: str, found: Any, wanted: Tensor) -> None:
     """Raise InputError where one entry of a state dict cannot take the place of `wanted`."""
     if not isinstance(found, Tensor) or found.shape != wanted.shape:
         shape = tuple(found.shape) if isinstance(found, Tensor) else type(found).__name__
-        raise utils.InputError(f"{key} is {shape}, the model and grid need {tuple(wanted.shape)}")
+        raise InputError(f"{key} is {shape}, the model and grid need {tuple(wanted.shape)}")
     kind = FLOATS if wanted.is_floating_point() else INTEGERS
     if found.layout != torch.strided or found.device.type != "cpu" or found.dtype not in kind:
-        raise utils.InputError(f"{key} is a tensor of {found.dtype}, {found.layout}; expected {wanted.dtype}")
+        raise InputError(f"{key} is a tensor of {found.dtype}, {found.layout}; expected {wanted.dtype}")
     if not torch.isfinite(found).all():
-        raise utils.InputError(f"{key} has values that are not finite")
+        raise InputError(f"{key} has values that are not finite")
     if key.endswith("running_var") and (found < 0).any():
-        raise utils.InputError(f"{key} has negative variances")
+        raise InputError(f"{key} has negative variances")
 
 
 def layout(device: torch.device) -> torch.memory_format:

@@ -24,6 +24,7 @@ from scipy import ndimage
 import figures
 import utils
 from internals import nifti, storage
+from internals.errors import InputError, blaming
 from overlap_scores import (
     THRESHOLDS,
     TWIN,
@@ -45,11 +46,11 @@ OUTPUTS = ["overlap.json", "overlap.csv", "overlap_ranked.csv", "overlap.png"]
 def get_parser() -> argparse.ArgumentParser:
     """The options of this command."""
     parser = utils.ArgumentParser(__doc__)
-    length = utils.number(float, at_least=0, at_most=100)
+    length = utils.bounded(float, at_least=0, at_most=100)
     add = parser.add_argument
     add("--maps", type=Path, default=Path("heatmaps"), metavar="DIR", help="holds the METHOD folders")
     add("--reference", type=Path, required=True, metavar="NIFTI", help="where the maps should be large")
-    add("--reference-threshold", type=utils.number(float), default=0.0, metavar="X", help="it is above X")
+    add("--reference-threshold", type=utils.bounded(float), default=0.0, metavar="X", help="it is above X")
     add("--mask", type=Path, metavar="NIFTI", help="the brain (default: where the mean scan is above 0)")
     add(
         "--smooth",
@@ -61,7 +62,7 @@ def get_parser() -> argparse.ArgumentParser:
     )
     add("--rank-smooth", type=length, default=8, metavar="MM", help="FWHM of the ranking")
     add("--outpath", type=Path, metavar="DIR", help="where to write (default: --maps)")
-    add("--seed", type=utils.number(int, at_least=0), default=0, help="of the random maps and intervals")
+    add("--seed", type=utils.bounded(int, at_least=0), default=0, help="of the random maps and intervals")
     add("--overwrite", action="store_true", help="replace an earlier comparison in --outpath")
     return parser
 
@@ -73,29 +74,29 @@ def find_maps(folder: Path) -> dict[tuple[str, str], Path]:
     """The maps of every METHOD folder by method and fold; the fold is "0" ... "k-1" or "all".
 
     Raises:
-        utils.InputError: no maps, maps missing, or methods of different cohorts or numbers of folds.
+        InputError: no maps, maps missing, or methods of different cohorts or numbers of folds.
     """
     methods = sorted(
         {file.parent for name in ("map.json", "map_*.nii.gz") for file in folder.glob(f"*/{name}")}
     )
     if not methods:
-        raise utils.InputError(
+        raise InputError(
             f"--maps {folder}: holds no METHOD folder with maps; heatmap.py and svm.py write them"
         )
     records = [_record(method) for method in methods]
     for name, what in {"csv_sha256": "CSVs", "scans_sha256": "scans", "folds_sha256": "folds"}.items():
         if len({record[name] for record in records if record[name]}) > 1:
-            raise utils.InputError(f"--maps {folder}: the methods' map.json are of different {what}")
+            raise InputError(f"--maps {folder}: the methods' map.json are of different {what}")
     folds = {method.name: record["folds"] for method, record in zip(methods, records, strict=True)}
     if len(set(folds.values())) > 1:
         counts = ", ".join(f"{name} has {k}" for name, k in folds.items())
-        raise utils.InputError(f"--maps {folder}: the methods differ in their number of folds: {counts}")
+        raise InputError(f"--maps {folder}: the methods differ in their number of folds: {counts}")
     names = {str(fold): f"map_f{fold}.nii.gz" for fold in range(folds[methods[0].name])}
     names["all"] = "map_all.nii.gz"
     files = {(method.name, fold): method / name for method in methods for fold, name in names.items()}
     missing = [str(file) for file in files.values() if not file.exists()]
     if missing:
-        raise utils.InputError(f"maps are missing: {', '.join(missing)}")
+        raise InputError(f"maps are missing: {', '.join(missing)}")
     return files
 
 
@@ -103,17 +104,17 @@ def _record(method: Path) -> dict[str, Any]:
     """What the map.json of a METHOD folder says of its cohort and folds; "" where it does not say."""
     known: dict[str, Any] = {"csv_sha256": "", "scans_sha256": "", "folds_sha256": ""}
     known["folds"], file = _highest(method) + 1, method / "map.json"
-    with utils.naming(method):
+    with blaming(method):
         if method.name in FLOORS or not method.name.isprintable():
-            raise utils.InputError("a METHOD cannot have this name")
+            raise InputError("a METHOD cannot have this name")
     if file.exists():
         record = storage.read_json(file)
-        with utils.naming(file):
+        with blaming(file):
             known = {name: storage.recorded(known | record, name, type(known[name])) for name in known}
             if record.get("method") == "SVM" and "C_per_fold" not in record:
-                raise utils.InputError("is not finished; svm.py goes on with it")
+                raise InputError("is not finished; svm.py goes on with it")
     if not 0 <= known["folds"] <= MOST_FOLDS:
-        raise utils.InputError(f"{method}: has {known['folds']} folds, expected at most {MOST_FOLDS}")
+        raise InputError(f"{method}: has {known['folds']} folds, expected at most {MOST_FOLDS}")
     return known
 
 
@@ -127,10 +128,10 @@ def zero_share(method: Path) -> float:
     """The share of a METHOD's single maps that are zero everywhere, from its map.json; NaN without one."""
     file = method / "map.json"
     record = storage.read_json(file) if file.exists() else {}
-    with utils.naming(file):
+    with blaming(file):
         zero, scans = (_total(record, name) for name in ("zero_maps_per_fold", "scans_per_fold"))
         if zero > scans:
-            raise utils.InputError(f"is damaged: {zero} of {scans} maps are zero everywhere")
+            raise InputError(f"is damaged: {zero} of {scans} maps are zero everywhere")
     return zero / scans if scans else math.nan
 
 
@@ -145,7 +146,7 @@ def find_mean_scan(folder: Path, methods: list[str]) -> Path:
     places = [folder / method / "mean_scan.nii.gz" for method in methods]
     found = [place for place in places if place.exists()]
     if not found:
-        raise utils.InputError(f"{places[0]}: no such file, nor beside the maps of any other method")
+        raise InputError(f"{places[0]}: no such file, nor beside the maps of any other method")
     return found[0]
 
 
@@ -156,13 +157,13 @@ def read_image(file: Path, like: nib.Nifti1Image | None = None) -> nib.Nifti1Ima
         like: an image whose shape and affine it must have.
 
     Raises:
-        utils.InputError: it is none, or lies elsewhere.
+        InputError: it is none, or lies elsewhere.
     """
-    with utils.naming(file):
+    with blaming(file):
         values, grid = nifti.read_image(file)
         image = nib.Nifti1Image(values, grid.affine)
         if like is not None and not same_grid(image, like):
-            raise utils.InputError(f"has {grid_of(image)}; the maps have {grid_of(like)}")
+            raise InputError(f"has {grid_of(image)}; the maps have {grid_of(like)}")
     return image
 
 
@@ -182,7 +183,7 @@ def read_mask(file: Path | None, scan: nib.Nifti1Image) -> nib.Nifti1Image:
         print("no --mask: the voxels where the mean scan is above 0")
     mask = scan if file is None else read_image(file, like=scan)
     if not (mask.get_fdata() > 0).any():
-        raise utils.InputError(f"--mask {file or 'by default, the mean scan'}: no voxel is above 0")
+        raise InputError(f"--mask {file or 'by default, the mean scan'}: no voxel is above 0")
     return mask
 
 
@@ -190,7 +191,7 @@ def read_reference(file: Path, threshold: float, mask: nib.Nifti1Image) -> np.nd
     """The binary reference at the voxels of a mask, bool (V,); from another grid, by nearest voxel.
 
     Raises:
-        utils.InputError: it shares no field of view with the mask, has no voxel in it, or fills it.
+        InputError: it shares no field of view with the mask, has no voxel in it, or fills it.
     """
     image = read_image(file)
     # Its field of view goes along, 1 where there is one, to tell "outside" from "not in the reference".
@@ -200,10 +201,10 @@ def read_reference(file: Path, threshold: float, mask: nib.Nifti1Image) -> np.nd
         pair = _resample(pair, image.affine, mask)
     reference, seen = pair[mask.get_fdata() > 0].T > 0  # (V,) each
     if not seen.any():
-        raise utils.InputError(f"--reference {file}: its field of view does not meet the mask's")
+        raise InputError(f"--reference {file}: its field of view does not meet the mask's")
     if reference.all() or not reference.any():
         share = "every voxel" if reference.all() else "no voxel"
-        raise utils.InputError(f"--reference {file}: {share} of the mask is above {threshold:g}")
+        raise InputError(f"--reference {file}: {share} of the mask is above {threshold:g}")
     print(
         f"{file}: {reference.sum()} of the mask's {len(reference)} voxels are above {threshold:g}, "
         f"{int(pair[..., 0].sum()) - reference.sum()} more lie outside the mask"
@@ -231,7 +232,7 @@ def read_maps(files: dict[tuple[str, str], Path], mask: nib.Nifti1Image) -> Maps
     for key, file in utils.progress(files.items(), desc="reading maps"):
         maps[key] = np.abs(read_image(file, like=mask).get_fdata(dtype=np.float32)[inside])
         if not np.isfinite(maps[key]).all():
-            raise utils.InputError(f"{file}: has voxels in the mask that are NaN or infinite")
+            raise InputError(f"{file}: has voxels in the mask that are NaN or infinite")
     return maps
 
 
@@ -298,7 +299,7 @@ def main(argv: list[str] | None = None) -> int:
         return 0
     maps = read_maps(files, mask)
     if digests != {name: storage.sha256(file) for name, file in inputs.items()}:
-        raise utils.InputError(f"--maps {args.maps}: the maps changed while they were read")
+        raise InputError(f"--maps {args.maps}: the maps changed while they were read")
 
     inside = mask.get_fdata() > 0
     brain = Brain(inside, mask.affine)

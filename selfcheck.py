@@ -17,8 +17,8 @@ import models
 from ggc import guided_gradcam
 from ig import integrated_gradients
 from internals import devices
+from internals.errors import InputError
 from lrp import lrp
-from utils import InputError
 
 BATCH = 2
 FORWARD, GRADIENTS = "forward pass", "training gradients"

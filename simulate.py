@@ -27,6 +27,7 @@ from scipy.interpolate import BSpline
 
 import utils
 from internals import storage
+from internals.errors import InputError
 
 ORIGIN = np.array([-96.0, -132.0, -78.0])  # mm, centre of the first voxel
 EXTENT = np.array([192, 228, 192])  # mm, first to last voxel centre
@@ -48,7 +49,7 @@ INTENSITY = 600.0  # of the template's brightest voxel in a scan; small integers
 def get_parser() -> argparse.ArgumentParser:
     """The command line."""
     parser = utils.ArgumentParser(__doc__)
-    number = utils.number
+    number = utils.bounded
     parser.add_argument("--outpath", required=True, type=Path, metavar="DIR", help="folder for the cohort")
     parser.add_argument("--subjects", type=number(int, at_least=4), default=40, help="number of scans")
     parser.add_argument(
@@ -312,11 +313,11 @@ def make_room(folder: Path, people: list[Subject], overwrite: bool) -> None:
     ours = ["data.csv", record.name, "truth.nii.gz", "mask.nii.gz", *(person.path for person in people)]
     present = storage.written(folder, ours)
     if present and not overwrite:
-        raise utils.InputError(f"{present[0]} is in the way; choose another --outpath, or --overwrite")
+        raise InputError(f"{present[0]} is in the way; choose another --outpath, or --overwrite")
     if record.exists():
         former = storage.read_json(record).get("subjects")
         if not isinstance(former, list):
-            raise utils.InputError(f"{record}: not written by simulate.py; choose another --outpath")
+            raise InputError(f"{record}: not written by simulate.py; choose another --outpath")
         ours += [scan_path(index) for index in range(len(people), len(former))]
     storage.check_folder(folder / "scans", record.name, {}, [], [])
     (folder / scan_path(0)).parent.mkdir(parents=True, exist_ok=True)

@@ -25,7 +25,8 @@ import dataset
 import figures
 import runs
 import utils
-from internals import nifti, storage
+from internals import nifti, process, storage
+from internals.errors import InputError, blaming
 
 FOLDING = {"fold": 5, "split": "stratified", "val_fraction": 0.2, "seed": 0}  # as train_cv.py's
 CANDIDATES = [10.0**power for power in range(-6, 3)]  # of C
@@ -42,8 +43,8 @@ WORKERS = 2  # threads that decode
 def get_parser() -> argparse.ArgumentParser:
     """The options of this command."""
     parser = utils.ArgumentParser(__doc__)
-    fraction = utils.number(float, above=0, below=1)
-    seed = utils.number(int, at_least=0, at_most=2**32 - 1)
+    fraction = utils.bounded(float, above=0, below=1)
+    seed = utils.bounded(int, at_least=0, at_most=2**32 - 1)
     add = parser.add_argument
     add("--path", type=Path, metavar="CSV", help="list of scans (default: the run's)")
     add("--modelpath", type=Path, default=Path("models"), metavar="DIR", help="output of train_cv.py")
@@ -51,10 +52,10 @@ def get_parser() -> argparse.ArgumentParser:
     add("--mask", type=Path, metavar="NIFTI", help="voxels > 0 are used (default: all that are not constant)")
     add(
         "--C",
-        type=utils.number(float, above=0),
+        type=utils.bounded(float, above=0),
         help="cost of a margin violation (default: chosen on each fold's validation scans)",
     )
-    add("--fold", type=utils.number(int, at_least=2), help="number of folds (default: the run's, else 5)")
+    add("--fold", type=utils.bounded(int, at_least=2), help="number of folds (default: the run's, else 5)")
     add("--split", choices=dataset.SPLITS, help="how folds are made (default: the run's, else stratified)")
     add("--val-fraction", type=fraction, help="share for validation (default: the run's, else 0.2)")
     add("--seed", type=seed, help="of folds and bootstrap (default: the run's, else 0)")
@@ -83,14 +84,14 @@ def find_cohort(modelpath: Path, csv: Path | None, asked: dict[str, Any]) -> Coh
         asked: the keys of FOLDING, with the user's values, or None where the user gave none.
 
     Raises:
-        utils.InputError: neither run nor CSV, a damaged run, or one of other folds than asked for.
+        InputError: neither run nor CSV, a damaged run, or one of other folds than asked for.
     """
     if (modelpath / "run.json").exists():
         run = runs.find_run(modelpath, csv, model=None, k=None)
         folding = recorded_folding(modelpath, asked)
         return Cohort(run.csv.resolve(), run.table, run.grid, run.folds, folding, modelpath.resolve())
     if csv is None:
-        raise utils.InputError(f"--modelpath {modelpath}: holds no run.json, so --path is needed")
+        raise InputError(f"--modelpath {modelpath}: holds no run.json, so --path is needed")
     folding = {name: FOLDING[name] if value is None else value for name, value in asked.items()}
     table = dataset.read_csv(csv)
     k, split, fraction, seed = folding.values()
@@ -105,7 +106,7 @@ def recorded_folding(modelpath: Path, asked: dict[str, Any]) -> dict[str, Any]:
     for name, value in asked.items():
         if value not in (None, arguments[name]):
             option = f"--{name.replace('_', '-')}"
-            raise utils.InputError(f"{option} {value}: {modelpath} was trained with {arguments[name]}")
+            raise InputError(f"{option} {value}: {modelpath} was trained with {arguments[name]}")
     return {name: arguments[name] for name in asked}
 
 
@@ -116,7 +117,7 @@ def check_labels(cohort: Cohort) -> None:
         for role in ("train", "val"):
             labels = set(cohort.table["label"][dataset.rows(cohort.folds, fold, role)])
             if labels != {0, 1}:
-                raise utils.InputError(
+                raise InputError(
                     f"{source}: fold {fold}: its {role} scans have the labels {sorted(labels)}, expected both"
                 )
 
@@ -125,16 +126,16 @@ def read_mask(path: Path, grid: dataset.Grid) -> np.ndarray:
     """Where a mask is > 0, bool (X, Y, Z).
 
     Raises:
-        utils.InputError: not a NIfTI image of real numbers, not on the scans' grid, or empty.
+        InputError: not a NIfTI image of real numbers, not on the scans' grid, or empty.
     """
-    with utils.naming(f"--mask {path}"):
+    with blaming(f"--mask {path}"):
         values, found = nifti.read_image(path)
         if found.shape != grid.shape:
-            raise utils.InputError(f"shape {found.shape}, the scans have {grid.shape}")
+            raise InputError(f"shape {found.shape}, the scans have {grid.shape}")
         if not found.lies_like(grid):
-            raise utils.InputError("its affine differs from the scans'")
+            raise InputError("its affine differs from the scans'")
         if not (values > 0).any():
-            raise utils.InputError("is empty, no voxel is > 0")
+            raise InputError("is empty, no voxel is > 0")
     return values > 0
 
 
@@ -198,7 +199,7 @@ def choose_voxels(varies: np.ndarray, mask: np.ndarray | None, source: Path) -> 
     inside = varies if mask is None else varies & mask
     if not inside.any():
         where = "" if mask is None else " inside this mask"
-        raise utils.InputError(f"{source}: the scans are all the same{where}")
+        raise InputError(f"{source}: the scans are all the same{where}")
     return inside
 
 
@@ -398,7 +399,7 @@ def main(argv: list[str] | None = None) -> int:
     record = identity | {name: path and str(path) for name, path in paths.items()}
     record |= {"versions": storage.versions()}
     work = f"{len(scans)} scans of {np.count_nonzero(inside)} voxels"
-    with storage.claimed(folder, ["SVM"]), utils.enough(work, "give a smaller --mask"):
+    with storage.claimed(folder, ["SVM"]), process.out_of_memory(work, "give a smaller --mask"):
         with storage.locked(folder / storage.LOCK):
             storage.start_folder(folder, "map.json", identity, WRITTEN, overwrite)
             storage.remove(folder, WRITTEN)  # what is there is not finished

@@ -29,8 +29,9 @@ import models
 import selfcheck
 import utils
 from dataset import Loader
-from internals import devices, storage
+from internals import devices, process, storage
 from internals.devices import PRECISIONS
+from internals.errors import InputError, blaming
 
 SUMMARY = ["predictions.csv", "metrics.csv", "training.png"]  # of all folds
 PER_FOLD = ["state_dict_f{}.pth", "history_f{}.csv", "progress_f{}.pth"]
@@ -44,33 +45,33 @@ INCIDENTAL = ("path", "outpath", "device", "run_folds", "workers", "cache", "ove
 def get_parser() -> argparse.ArgumentParser:
     """The options of this command."""
     parser = utils.ArgumentParser(__doc__)
-    whole, real = utils.number(int, at_least=1), utils.number(float, at_least=0)
+    whole, real = utils.bounded(int, at_least=1), utils.bounded(float, at_least=0)
     add = parser.add_argument
     add("--path", type=Path, required=True, metavar="CSV", help="list of scans: path, label[, subject]")
     add("--outpath", type=Path, default=Path("models"), metavar="DIR", help="where to write")
     add("--model", default="modelA24", help="family A-D and number of filters")
     add("--device", default="auto", help="GPU number, cpu, cuda:N, mps or auto")
     add("--batch", type=whole, default=5, help="scans per training step")
-    add("--fold", type=utils.number(int, at_least=2), default=5, help="number of folds")
-    add("--lr", type=utils.number(float, above=0, at_most=1), default=1e-4, help="learning rate of Adam")
-    add("--wd", type=utils.number(float, at_least=0, at_most=1), default=1e-4, help="weight decay of Adam")
+    add("--fold", type=utils.bounded(int, at_least=2), default=5, help="number of folds")
+    add("--lr", type=utils.bounded(float, above=0, at_most=1), default=1e-4, help="learning rate of Adam")
+    add("--wd", type=utils.bounded(float, at_least=0, at_most=1), default=1e-4, help="weight decay of Adam")
     add("--epochs", type=whole, default=200, help="at most so many epochs")
     add("--patience", type=whole, default=10, help="stop after so many epochs without improvement")
     add("--delta", type=real, default=0.0, help="smallest fall of the validation loss that counts")
     add("--split", choices=dataset.SPLITS, default="stratified", help="how subjects are divided into folds")
-    fraction = utils.number(float, above=0, below=1)
+    fraction = utils.bounded(float, above=0, below=1)
     add("--val-fraction", type=fraction, default=0.2, help="share of the training subjects for validation")
     add(
         "--seed",
-        type=utils.number(int, at_least=0, at_most=2**32 - 1),
+        type=utils.bounded(int, at_least=0, at_most=2**32 - 1),
         default=0,
         help="of folds, weights and shuffling",
     )
-    add("--run-folds", type=utils.number(int, at_least=0), nargs="+", metavar="I", help="only these folds")
+    add("--run-folds", type=utils.bounded(int, at_least=0), nargs="+", metavar="I", help="only these folds")
     add("--precision", choices=PRECISIONS, default="fp32", help="of the forward and backward pass")
     add(
         "--workers",
-        type=utils.number(int, at_least=0),
+        type=utils.bounded(int, at_least=0),
         default=2,
         help="processes or threads that read scans",
     )
@@ -165,7 +166,7 @@ def save_progress(
     """Write all that the next epoch depends on."""
     device = next(model.parameters()).device
     state: dict[str, Any] = {"model": model.state_dict(), "optimiser": optimiser.state_dict()}
-    state |= {"course": vars(course), "random": utils.random_states(device)}
+    state |= {"course": vars(course), "random": process.random_states(device)}
     state |= {"loader": cast(torch.Generator, train.generator).get_state()}
     storage.write_tensors(state, path)
 
@@ -178,21 +179,19 @@ def load_progress(path: Path, model: models.CNN3d, optimiser: torch.optim.Optimi
         model.load_state_dict(state["model"])
         optimiser.load_state_dict(state["optimiser"])
         cast(torch.Generator, train.generator).set_state(state["loader"])
-        utils.restore_random(state["random"], device)
+        process.restore_random(state["random"], device)
         return Course(**state["course"])
     except torch.OutOfMemoryError:
         raise
     except models.UNREADABLE as problem:
         reason = f"is damaged ({type(problem).__name__}); remove it to train this fold from its start"
-        raise utils.InputError(f"{path}: {reason}") from problem
+        raise InputError(f"{path}: {reason}") from problem
 
 
 def check_loss(loss: float, where: str) -> None:
     """Raise InputError where the loss is not finite."""
     if not np.isfinite(loss):
-        raise utils.InputError(
-            f"{where}: the loss is {loss}; nothing of this epoch is saved, try a lower --lr"
-        )
+        raise InputError(f"{where}: the loss is {loss}; nothing of this epoch is saved, try a lower --lr")
 
 
 def weights(model: nn.Module) -> dict[str, Tensor]:
@@ -282,9 +281,7 @@ def check_folds(folder: Path, folds: pd.DataFrame) -> None:
     """Raise InputError where folds.csv is there, but not as this run wrote it."""
     file = folder / "folds.csv"
     if file.exists() and file.read_bytes() != folds.to_csv(index=False, lineterminator="\n").encode():
-        raise utils.InputError(
-            f"{file}: is not as this run wrote it; --overwrite without --run-folds starts again"
-        )
+        raise InputError(f"{file}: is not as this run wrote it; --overwrite without --run-folds starts again")
 
 
 def note_device(folder: Path, fold: "Fold", device: torch.device) -> None:
@@ -301,7 +298,7 @@ def note_device(folder: Path, fold: "Fold", device: torch.device) -> None:
 def trained_on(folder: Path) -> dict[str, list[dict[str, str]]]:
     """The devices that each fold was trained on, from run.json."""
     record = storage.read_json(folder / "run.json")
-    with utils.naming(folder / "run.json"):
+    with blaming(folder / "run.json"):
         known = storage.recorded({DEVICES: {}} | record, DEVICES, dict)
         return {fold: storage.recorded(known, fold, list) for fold in known}
 
@@ -326,9 +323,9 @@ class Fold:
         try:
             history = pd.read_csv(self.history, dtype=float)
         except (OSError, ValueError) as problem:
-            raise utils.InputError(f"{self.history}: cannot be read ({problem})") from problem
+            raise InputError(f"{self.history}: cannot be read ({problem})") from problem
         if list(history.columns) != HISTORY or history.empty:
-            raise utils.InputError(f"{self.history}: expected the columns {HISTORY} and at least one epoch")
+            raise InputError(f"{self.history}: expected the columns {HISTORY} and at least one epoch")
 
     def kept(self) -> bool:
         """Whether it was finished before, which is said."""
@@ -398,7 +395,7 @@ def report(predictions: pd.DataFrame, folds: list[Fold], delta: float, seed: int
 def main(argv: list[str] | None = None) -> int:
     """Check everything, train the folds, test them, report."""
     args = get_parser().parse_args(argv)
-    utils.hold_memory()
+    process.keep_freed_memory()
     device = selfcheck.open_device(args.device, args.precision)
     chosen = utils.choose_folds(args.run_folds, args.fold)
     table = dataset.read_csv(args.path)
@@ -423,7 +420,7 @@ def main(argv: list[str] | None = None) -> int:
                     fold.check(model)
     work = f"--batch {args.batch} of {'x'.join(map(str, grid.shape))} voxels, {args.model}, on {device}"
     limits = work, "lower --batch, take fewer filters, or --cache disk"
-    with utils.enough(*limits):
+    with process.out_of_memory(*limits):
         scans = dataset.open_scans(
             table, grid, args.cache, args.outpath / "cache", args.workers, device, bool(args.run_folds),
             devices.training_need(args.batch, largest),
@@ -432,7 +429,7 @@ def main(argv: list[str] | None = None) -> int:
         make_loader, scans, folds, batch=args.batch, workers=args.workers, seed=args.seed, device=device
     )
 
-    with storage.claimed(args.outpath, [f"fold {fold}" for fold in chosen]), utils.enough(*limits):
+    with storage.claimed(args.outpath, [f"fold {fold}" for fold in chosen]), process.out_of_memory(*limits):
         start_run(args.outpath, identity, about, folds, overwrite)
         for number in chosen:
             if every[number].kept():

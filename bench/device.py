@@ -31,7 +31,8 @@ import selfcheck
 import simulate
 import train_cv
 import utils
-from internals import devices
+from internals import devices, process
+from internals.errors import InputError
 
 EPOCHS = 3  # the first one warms up
 
@@ -63,7 +64,7 @@ def precisions(device: torch.device) -> list[str]:
         try:
             devices.set_precision(device, name)
             having.append(name)
-        except utils.InputError:
+        except InputError:
             pass
     return having
 
@@ -126,8 +127,8 @@ def get_parser() -> argparse.ArgumentParser:
     add("--device", default="auto", help="as in train_cv.py")
     add("--model", nargs="+", default=[f"model{family}4" for family in models.FAMILIES], help="networks")
     add("--training-model", default="modelB8", help="network of the training run")
-    add("--subjects", type=utils.number(int, at_least=4), default=16, help="simulated scans to train on")
-    add("--voxel", type=utils.number(float, above=0), default=2, help="their voxels, mm")
+    add("--subjects", type=utils.bounded(int, at_least=4), default=16, help="simulated scans to train on")
+    add("--voxel", type=utils.bounded(float, above=0), default=2, help="their voxels, mm")
     add("--cache", choices=dataset.CACHES, default="auto", help="where they are kept, as in train_cv.py")
     return parser
 
@@ -136,7 +137,7 @@ def get_parser() -> argparse.ArgumentParser:
 def main(argv: list[str] | None = None) -> int:
     """Check the numbers, print the table, train for a moment."""
     args = get_parser().parse_args(argv)
-    utils.hold_memory()
+    process.keep_freed_memory()
     device = devices.resolve_device(args.device)  # and no more: here MPS is checked at length
     described = ", ".join(f"{key} {value}" for key, value in devices.describe(device).items())
     print(f"{described}; PyTorch {torch.__version__}")
@@ -147,7 +148,7 @@ def main(argv: list[str] | None = None) -> int:
     found = check_numbers(device, args.model)
     print(f"\n{table(found)}\n")
     devices.set_precision(device, "fp32")
-    with utils.enough(f"training on {device}", "take fewer --subjects or larger --voxel"):
+    with process.out_of_memory(f"training on {device}", "take fewer --subjects or larger --voxel"):
         for cache in dict.fromkeys([args.cache, "ram"]):
             print(share_of_waiting(device, args.training_model, args.subjects, args.voxel, cache))
     wrong = sum(not check.right for check in found)

@@ -47,7 +47,7 @@ import selfcheck
 import simulate
 import train_cv
 import utils
-from internals import devices
+from internals import devices, process
 
 TARGETS = {  # work: at least so many times faster, at most this share of the memory, on a CPU
     "IG, 100 steps": (10, 0.6),
@@ -190,7 +190,7 @@ def worker(work: str, side: str, name: str, scan: Path, device: torch.device, pr
     volume = load_scan(scan, device)
     model = models.load_weights(models.build_model(name, volume.shape[2:]), weights, device)  # type: ignore[arg-type]
     if side == "ours":
-        utils.hold_memory()  # as the commands do
+        process.keep_freed_memory()  # as the commands do
     seconds, result = measure(work, side, model, volume)
     record: dict[str, float | str] = {"seconds": seconds, "peak": peak_memory(device)}
     np.save(scan.with_name(f"{side}.npy"), result.detach().float().cpu().numpy())

@@ -122,7 +122,7 @@ def torture_array(words: list[str], folder: Path, expected: Path, dice: random.R
 def main() -> int:
     """Run everything undisturbed once, then disturbed; print one table. Status 1 where anything differs."""
     parser = utils.ArgumentParser(__doc__)
-    parser.add_argument("--kills", type=utils.number(int, at_least=1), default=20, help="of each command")
+    parser.add_argument("--kills", type=utils.bounded(int, at_least=1), default=20, help="of each command")
     parser.add_argument("--seed", type=int, default=0, help="of the moments")
     args: argparse.Namespace = parser.parse_args()
     dice, rows = random.Random(args.seed), {}

@@ -10,7 +10,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from utils import InputError
+from internals.errors import InputError
 
 # of the forward and backward pass; tf32 is float32 whose factors CUDA's tensor cores round to 10 bits
 PRECISIONS = {"fp32": torch.float32, "tf32": torch.float32, "bf16": torch.bfloat16}

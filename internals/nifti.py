@@ -2,7 +2,7 @@
 
 A header is believed only as far as its file can keep the promise: sizes are checked before anything is
 allocated, and a compressed image is read through to its end. Errors say what is wrong with a file; the
-caller, who knows what the user calls it, puts the name in front (`utils.naming`).
+caller, who knows what the user calls it, puts the name in front (`errors.blaming`).
 """
 
 import gzip
@@ -19,8 +19,8 @@ import nibabel as nib
 import numpy as np
 from nibabel.spatialimages import HeaderDataError
 
-import utils
 from internals import storage
+from internals.errors import InputError, blaming
 
 LARGEST = 70_000_000  # voxels: MNI152 at 0.5 mm, 394x466x378, fits; two at once take 0.6 GB in float32
 FURTHEST = 2**24  # bytes before the voxels: NIfTI-1 keeps their number in float32, exact up to here
@@ -59,7 +59,7 @@ def read_grid(file: Path) -> Grid:
     """Read and check the header of a NIfTI-1 or NIfTI-2 file; no voxel is read.
 
     Raises:
-        utils.InputError: no .nii or .nii.gz file, a header that makes no sense or that claims more than
+        InputError: no .nii or .nii.gz file, a header that makes no sense or that claims more than
             the file can hold, not one 3D volume of real numbers, or a singular affine.
     """
     with _opened(file) as stream:
@@ -73,20 +73,20 @@ def read_image(file: Path) -> tuple[np.ndarray, Grid]:
         The voxels as float32 (X, Y, Z), scaled as the header says, and their grid.
 
     Raises:
-        utils.InputError: as `read_grid`, or the file is damaged, or unpacks to more than its header says.
+        InputError: as `read_grid`, or the file is damaged, or unpacks to more than its header says.
     """
     with _opened(file) as stream:
         grid = _grid(_header(stream), _room(file))
         stream.seek(int(grid.header["vox_offset"]))
         values = _decode(stream, grid)
         if _packed(file) and stream.read(1):
-            raise utils.InputError("unpacks to more than its header declares")
+            raise InputError("unpacks to more than its header declares")
     return values, grid
 
 
 def load_map(path: Path) -> np.ndarray:
     """Read a map back: float32 (X, Y, Z)."""
-    with utils.naming(path):
+    with blaming(path):
         return read_image(path)[0]
 
 
@@ -94,7 +94,7 @@ def load_map(path: Path) -> np.ndarray:
 def _opened(file: Path) -> Iterator[BufferedIOBase]:
     """The unpacked content of a file; what is wrong with it while it is read is an InputError."""
     if not file.name.lower().endswith((".nii", ".nii.gz")):
-        raise utils.InputError("not a NIfTI image: expected a .nii or .nii.gz file")
+        raise InputError("not a NIfTI image: expected a .nii or .nii.gz file")
     storage.file_size(file)  # of a file: reading from a pipe would wait
     try:
         with file.open("rb") as raw:
@@ -104,14 +104,14 @@ def _opened(file: Path) -> Iterator[BufferedIOBase]:
                 wrong = (
                     "is packed with gzip, its name must end in .gz" if packed else "is not packed with gzip"
                 )
-                raise utils.InputError(f"not a NIfTI image: {wrong}")
+                raise InputError(f"not a NIfTI image: {wrong}")
             if not packed:
                 yield raw
                 return
             with gzip.GzipFile(fileobj=raw) as stream:
                 yield stream
     except (OSError, EOFError, zlib.error) as problem:
-        raise utils.InputError(f"cannot be read ({problem})") from problem
+        raise InputError(f"cannot be read ({problem})") from problem
 
 
 def _packed(file: Path) -> bool:
@@ -128,15 +128,15 @@ def _header(stream: BufferedIOBase) -> nib.Nifti1Header:
     block = stream.read(nib.Nifti2Header.sizeof_hdr)
     kind = next((kind for kind in KINDS if kind.may_contain_header(block)), None)
     if kind is None:
-        raise utils.InputError("not a NIfTI image: it has no NIfTI header")
+        raise InputError("not a NIfTI image: it has no NIfTI header")
     try:
         header = kind(block[: kind.sizeof_hdr], check=False)
         if header["magic"].item() != kind.single_magic:
-            raise utils.InputError("not a NIfTI image but half of a .hdr/.img pair")
+            raise InputError("not a NIfTI image but half of a .hdr/.img pair")
         _check_offset(header)  # before nibabel's own checks, which repair some of them
         header.check_fix(logger=SILENT)
     except HeaderDataError as problem:
-        raise utils.InputError(f"not a NIfTI image ({problem})") from problem
+        raise InputError(f"not a NIfTI image ({problem})") from problem
     return header
 
 
@@ -144,7 +144,7 @@ def _check_offset(header: nib.Nifti1Header) -> None:
     """Raise InputError where voxels cannot start at the place that the header names."""
     offset, smallest = float(header["vox_offset"]), header.single_vox_offset
     if not (offset.is_integer() and smallest <= offset <= FURTHEST):
-        raise utils.InputError(
+        raise InputError(
             f"its voxels start at byte {offset:g} (vox_offset), expected {smallest} to {FURTHEST}"
         )
 
@@ -154,25 +154,25 @@ def _grid(header: nib.Nifti1Header, room: int) -> Grid:
     dims = [int(length) for length in header["dim"]]
     shape = tuple(dims[1 : dims[0] + 1])
     if len(shape) < 3 or prod(shape[3:]) != 1 or min(shape) < 1:
-        raise utils.InputError(f"expected one 3D volume, found shape {shape}")
+        raise InputError(f"expected one 3D volume, found shape {shape}")
     dtype = header.get_data_dtype()
     if dtype.kind not in "iuf":
-        raise utils.InputError(f"expected real voxels, found {dtype}")
+        raise InputError(f"expected real voxels, found {dtype}")
     size = "x".join(map(str, shape[:3]))
     if prod(shape) > LARGEST:
-        raise utils.InputError(f"claims {size} voxels, more than {LARGEST} in all: no scan is that large")
+        raise InputError(f"claims {size} voxels, more than {LARGEST} in all: no scan is that large")
     needed = int(header["vox_offset"]) + prod(shape) * dtype.itemsize
     if needed > room:
-        raise utils.InputError(
+        raise InputError(
             f"cannot be read: its header claims {size} voxels, {needed} bytes; its file holds {room} at most"
         )
     header.set_data_shape(shape[:3])
     try:
         affine = header.get_best_affine()
     except (HeaderDataError, ValueError) as problem:  # a quaternion that is none
-        raise utils.InputError(f"its affine is singular or not finite ({problem})") from problem
+        raise InputError(f"its affine is singular or not finite ({problem})") from problem
     if not np.isfinite(affine).all() or abs(np.linalg.det(affine[:3, :3])) < 1e-9:
-        raise utils.InputError("its affine is singular or not finite")
+        raise InputError("its affine is singular or not finite")
     return Grid(header.get_data_shape(), affine, header)
 
 
@@ -181,14 +181,14 @@ def _decode(stream: BufferedIOBase, grid: Grid) -> np.ndarray:
     try:
         slope, inter = grid.header.get_slope_inter()
     except HeaderDataError as problem:
-        raise utils.InputError(f"cannot be read ({problem})") from problem
+        raise InputError(f"cannot be read ({problem})") from problem
     dtype = grid.header.get_data_dtype()
     voxels = np.empty(prod(grid.shape), np.float32)
     for start in range(0, voxels.size, BLOCK):
         block = voxels[start : start + BLOCK]
         raw = stream.read(block.size * dtype.itemsize)
         if len(raw) < block.size * dtype.itemsize:
-            raise utils.InputError("cannot be read: it ends before its last voxel")
+            raise InputError("cannot be read: it ends before its last voxel")
         values = np.frombuffer(raw, dtype)
         with np.errstate(over="ignore", invalid="ignore"):  # infinite then, and seen by who uses the voxels
             block[:] = values if slope in (None, 1) and not inter else values * np.float64(slope) + inter

@@ -17,7 +17,7 @@ from typing import Any
 import pandas as pd
 import torch
 
-from utils import Failure, InputError, naming
+from internals.errors import Failure, InputError, blaming
 
 PACKAGES = ("torch", "numpy", "pandas", "nibabel", "scikit-learn", "nilearn", "captum")
 RECORD_SIZE = 2**22  # bytes of a record: one of a thousand folds has a tenth of it
@@ -216,7 +216,7 @@ def file_size(path: Path, kind: str = "file") -> int:
 
 def sha256(path: Path) -> str:
     """SHA-256 of a file's content, in hexadecimal; InputError where it cannot be read."""
-    with naming(path):
+    with blaming(path):
         file_size(path)
         try:
             with path.open("rb") as stream:
@@ -227,7 +227,7 @@ def sha256(path: Path) -> str:
 
 def read_json(path: Path) -> dict[str, Any]:
     """Read a record; raise InputError where it is not a JSON object."""
-    with naming(path):
+    with blaming(path):
         if file_size(path, "JSON record") > RECORD_SIZE:
             raise InputError(f"is no record of a run: larger than {RECORD_SIZE >> 20} MiB")
         try:

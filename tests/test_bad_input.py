@@ -934,7 +934,7 @@ def shown(warnings: pytest.WarningsRecorder, log: pytest.LogCaptureFixture) -> l
 
 def numbers(parser: argparse.ArgumentParser) -> set[str]:
     """The options of a command that take numbers."""
-    made_by = utils.number.__qualname__
+    made_by = utils.bounded.__qualname__
     return {a.option_strings[0] for a in parser._actions if made_by in getattr(a.type, "__qualname__", "")}
 
 

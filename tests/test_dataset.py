@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 from standin import StandIn
 
 import dataset
-from utils import InputError
+from internals.errors import InputError
 
 TINY = (5, 6, 7)
 

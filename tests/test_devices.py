@@ -22,7 +22,7 @@ import models
 import selfcheck
 import train_cv
 from internals import devices
-from utils import InputError
+from internals.errors import InputError
 
 CPU, GPU = torch.device("cpu"), torch.device("cuda", 0)
 

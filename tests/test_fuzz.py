@@ -25,8 +25,8 @@ import heatmap
 import models
 import overlap
 import runs
-import utils
-from internals import nifti, storage
+from internals import nifti, process, storage
+from internals.errors import InputError
 
 ROOM = 2**30  # bytes beyond what the process has already: more is a MemoryError, which no test allows
 # The deadline is generous, as others may use the processor; a hang or a quadratic step shows all the same.
@@ -52,9 +52,9 @@ def attempt(read: Callable[..., Any], *arguments: Any) -> Any:
     """What a reader returns; None where it refuses, in words that are one harmless line."""
     try:
         return read(*arguments)
-    except utils.InputError as mistake:
-        line = utils.printable(str(mistake))
-        if not (line.isprintable() and 0 < len(line) < 10 * utils.LONGEST):
+    except InputError as mistake:
+        line = process.printable(str(mistake))
+        if not (line.isprintable() and 0 < len(line) < 10 * process.LONGEST):
             raise
         return None
 
@@ -223,7 +223,7 @@ def test_folds(run, data):
 @given(st.binary(max_size=100) | st.sampled_from([b"[" * 10**5, b'{"a":' * 10**5, b"1" * 10**5, b"{}"]))
 def test_record_bytes(run, content: bytes):
     (run / "run.json").write_bytes(content)
-    with pytest.raises(utils.InputError):
+    with pytest.raises(InputError):
         runs.find_run(run, None, None, None)
 
 

@@ -37,6 +37,7 @@ import utils
 from ggc import guided_gradcam
 from ig import integrated_gradients
 from internals import devices, storage
+from internals.errors import InputError
 from lrp import lrp
 
 K = 2
@@ -832,7 +833,7 @@ def test_record_of_maps_that_was_edited(tmp_path, weights):
     if isinstance(weights, dict):
         assert heatmap.finished_folds(tmp_path, {0: "x"}) == []
         return
-    with pytest.raises(utils.InputError, match=r"map\.json: is damaged: 'weights_sha256' is"):
+    with pytest.raises(InputError, match=r"map\.json: is damaged: 'weights_sha256' is"):
         heatmap.finished_folds(tmp_path, {0: "x"})
 
 
@@ -855,7 +856,7 @@ def test_rows_of_subjects_that_were_edited(tmp_path, row):
     ]
     for content in (f"{header}\n{row}\n", header[:-1] + "\n", ""):
         (tmp_path / "subjects.csv").write_text(content)
-        with pytest.raises(utils.InputError, match=r"subjects\.csv: (is damaged|cannot be read)"):
+        with pytest.raises(InputError, match=r"subjects\.csv: (is damaged|cannot be read)"):
             heatmap.read_subjects(tmp_path)
 
 

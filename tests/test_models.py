@@ -10,7 +10,7 @@ from networks import CASES, random_network
 from torch import nn
 
 import models
-import utils
+from internals.errors import InputError
 from models import build_model, frozen, load_weights
 
 CPU = torch.device("cpu")
@@ -168,7 +168,7 @@ def refusal(path: Path, name: str = "modelB2", grid: tuple[int, int, int] = GRID
     """The message of the InputError that loading `path` raises; the model must stay as it was."""
     model = build_model(name, grid)
     before = {key: value.clone() for key, value in model.state_dict().items()}
-    with pytest.raises(utils.InputError) as caught:
+    with pytest.raises(InputError) as caught:
         load_weights(model, path, CPU)
     after = model.state_dict()
     assert all(torch.equal(value, after[key]) for key, value in before.items())

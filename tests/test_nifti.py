@@ -11,7 +11,7 @@ import pytest
 from cohorts import AFFINE, OBLIQUE, read_nifti, read_values, voxels, white, write_scan
 
 from internals import nifti
-from utils import InputError
+from internals.errors import InputError
 
 SHAPE = (4, 5, 6)
 

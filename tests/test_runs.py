@@ -10,8 +10,8 @@ from cohorts import tiny_cohort
 
 import dataset
 import runs
-import utils
 from internals import storage
+from internals.errors import InputError
 
 K = 2
 
@@ -39,7 +39,7 @@ ROLES = [["test", "train"] * 2 + ["val", "train"] * 2, ["val", "test"] * 2 + ["t
 
 
 def refusal(run: Path) -> str:
-    with pytest.raises(utils.InputError) as error:
+    with pytest.raises(InputError) as error:
         runs.find_run(run, None, None, None)
     return str(error.value)
 

@@ -15,8 +15,8 @@ import pytest
 import torch
 from cohorts import contents
 
-import utils
 from internals import storage
+from internals.errors import Failure, InputError
 
 SHAPE = (4, 5, 6)
 ROOT = Path(__file__).resolve().parents[1]
@@ -72,7 +72,7 @@ def test_whole_file_in_a_folder_that_is_gone_is_a_failure(tmp_path):
         "a.csv: cannot be written (No such file",
         "models: cannot be written and locked (No such file",
     ):
-        with pytest.raises(utils.Failure, match=re.escape(words)):  # while it is written, and before
+        with pytest.raises(Failure, match=re.escape(words)):  # while it is written, and before
             write()
     assert not folder.exists()
 
@@ -160,13 +160,13 @@ def test_json_errors(tmp_path, content):
     path = tmp_path / "run.json"
     if content is not None:
         path.write_bytes(content)
-    with pytest.raises(utils.InputError, match=r"run\.json.*JSON"):
+    with pytest.raises(InputError, match=r"run\.json.*JSON"):
         storage.read_json(path)
 
 
 def test_json_of_no_sensible_size(tmp_path):
     (tmp_path / "run.json").write_text("{}" + " " * storage.RECORD_SIZE)
-    with pytest.raises(utils.InputError, match=r"run\.json: is no record of a run"):
+    with pytest.raises(InputError, match=r"run\.json: is no record of a run"):
         storage.read_json(tmp_path / "run.json")
 
 
@@ -174,7 +174,7 @@ def test_recorded():
     assert storage.recorded({"k": 3}, "k", int, lambda k: k > 2) == 3
     assert storage.recorded({"k": 0.5}, "k", (int, float)) == 0.5
     for record in ({}, {"k": True}, {"k": "3"}, {"k": None}, {"k": 2}, {"k": [3] * 10**6}, [], None, "k"):
-        with pytest.raises(utils.InputError, match=r"^is damaged: 'k' is .{1,60}$"):
+        with pytest.raises(InputError, match=r"^is damaged: 'k' is .{1,60}$"):
             storage.recorded(record, "k", int, lambda k: k > 2)
 
 
@@ -230,7 +230,7 @@ def test_folder_of_the_same_run_is_gone_on_with(tmp_path):
 def test_folder_of_another_run_is_refused(tmp_path):
     fill(tmp_path, IDENTITY | {"folds": 5})
     before = contents(tmp_path)
-    with pytest.raises(utils.InputError) as error:
+    with pytest.raises(InputError) as error:
         check(tmp_path)
     assert all(word in str(error.value) for word in ["run.json", "folds", "5", "2", "--overwrite"])
     assert "modelB2" not in str(error.value)
@@ -240,7 +240,7 @@ def test_folder_of_another_run_is_refused(tmp_path):
 
 def test_folder_with_results_but_no_record_is_refused(tmp_path):
     fill(tmp_path, None)
-    with pytest.raises(utils.InputError, match=r"map_f0\.nii\.gz is in the way.*--overwrite"):
+    with pytest.raises(InputError, match=r"map_f0\.nii\.gz is in the way.*--overwrite"):
         check(tmp_path)
     assert check(tmp_path, overwrite=True) == {}
 
@@ -248,14 +248,14 @@ def test_folder_with_results_but_no_record_is_refused(tmp_path):
 def test_folder_with_a_damaged_record_is_refused(tmp_path):
     fill(tmp_path, None)
     (tmp_path / "run.json").write_text('{"model": ')
-    with pytest.raises(utils.InputError, match=r"run\.json"):
+    with pytest.raises(InputError, match=r"run\.json"):
         check(tmp_path)
 
 
 def test_outpath_that_is_or_lies_below_a_file_is_refused(tmp_path):
     (tmp_path / "file").touch()
     for place in (tmp_path / "file", tmp_path / "file" / "below"):
-        with pytest.raises(utils.InputError, match=r"--outpath .*file"):
+        with pytest.raises(InputError, match=r"--outpath .*file"):
             check(place)
 
 
@@ -298,7 +298,7 @@ def test_some_folds_of_another_run_are_not_overwritten(tmp_path):
     for name in THERE:
         (tmp_path / name).write_text(json.dumps(IDENTITY | {"model": "modelA24"}))
     removed = storage.overwritten(EVERYTHING, PER_FOLD, SUMMARY, [1])
-    with pytest.raises(utils.InputError, match=r"of another run: .*--overwrite without --run-folds$"):
+    with pytest.raises(InputError, match=r"of another run: .*--overwrite without --run-folds$"):
         storage.start_folder(tmp_path, "run.json", IDENTITY, EVERYTHING, removed)
     assert set(contents(tmp_path)) == set(THERE)
 
@@ -312,7 +312,7 @@ def test_a_folder_where_somebody_is_at_work_is_not_overwritten(tmp_path):
     pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
     with subprocess.Popen(command, cwd=ROOT, **pipes) as other, storage.claimed(tmp_path, ["fold 0"]):
         other.stdout.readline()
-        with pytest.raises(utils.InputError, match="another process is at work"):
+        with pytest.raises(InputError, match="another process is at work"):
             storage.start_folder(tmp_path, "run.json", IDENTITY, PATTERNS, PATTERNS)
         assert {"run.json", "map_f0.nii.gz"} <= set(contents(tmp_path))
         other.kill()

@@ -39,8 +39,8 @@ import dataset
 import figures
 import models
 import train_cv
-import utils
 from internals import devices, storage
+from internals.errors import InputError
 
 ROOT = Path(train_cv.__file__).parent
 K = 2
@@ -707,7 +707,7 @@ def test_early_stopping(monkeypatch, losses, patience, delta, best, epochs):
 
 @pytest.mark.parametrize("losses", [[float("nan")], [1.0, float("nan")]])
 def test_validation_loss_that_is_nan_stops(monkeypatch, losses):
-    with pytest.raises(utils.InputError, match=f"fold 0, epoch {len(losses)}"):
+    with pytest.raises(InputError, match=f"fold 0, epoch {len(losses)}"):
         stubbed_fold(monkeypatch, losses)
 
 

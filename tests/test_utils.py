@@ -12,7 +12,8 @@ import torch
 from cohorts import contents, only_error
 
 import utils
-from internals import storage
+from internals import process, storage
+from internals.errors import Failure, InputError, blaming
 
 SHAPE = (4, 5, 6)
 ROOT = Path(__file__).resolve().parents[1]
@@ -24,7 +25,7 @@ ROOT = Path(__file__).resolve().parents[1]
 def test_command_turns_a_mistake_into_one_line(capsys):
     @utils.command("all is saved")
     def main(argv: list[str] | None = None) -> int:
-        raise utils.InputError("--batch 0:\n  expected   more")
+        raise InputError("--batch 0:\n  expected   more")
 
     assert main([]) == 2
     captured = capsys.readouterr()
@@ -43,17 +44,17 @@ def test_command_turns_a_mistake_into_one_line(capsys):
     ],
 )
 def test_what_is_shown_is_harmless(text, line):
-    assert utils.printable(text) == line
+    assert process.printable(text) == line
 
 
 def test_what_is_shown_is_not_endless():
-    assert len(utils.printable("x" * 10**6)) < 2 * utils.LONGEST
+    assert len(process.printable("x" * 10**6)) < 2 * process.LONGEST
 
 
 def test_naming_puts_a_name_in_front_of_a_mistake_alone():
-    with pytest.raises(utils.InputError, match=r"^--mask a: is empty$"), utils.naming("--mask a"):
-        raise utils.InputError("is empty")
-    with pytest.raises(ValueError, match=r"^a fault$"), utils.naming("--mask a"):
+    with pytest.raises(InputError, match=r"^--mask a: is empty$"), blaming("--mask a"):
+        raise InputError("is empty")
+    with pytest.raises(ValueError, match=r"^a fault$"), blaming("--mask a"):
         raise ValueError("a fault")
 
 
@@ -71,7 +72,7 @@ def test_command_passes_the_status_and_the_arguments():
 @pytest.mark.parametrize(
     ("end", "status", "line"),
     [
-        (utils.Failure("disk\nfull"), 1, "error: disk full\n"),
+        (Failure("disk\nfull"), 1, "error: disk full\n"),
         (KeyboardInterrupt(), 130, "interrupted: all is saved\n"),
     ],
 )
@@ -102,13 +103,13 @@ def test_command_unwinds_on_sigterm_and_restores_its_handler(capsys, tmp_path):
 
 def test_memory_that_does_not_suffice_is_a_failure():
     with (
-        pytest.raises(utils.Failure, match=r"a batch: out of memory; lower --batch"),
-        utils.enough("a batch", "lower --batch"),
+        pytest.raises(Failure, match=r"a batch: out of memory; lower --batch"),
+        process.out_of_memory("a batch", "lower --batch"),
     ):
         torch.empty(2**60, dtype=torch.uint8)
-    with pytest.raises(utils.Failure, match=r"a kernel: out of memory"), utils.enough("a kernel", "mask"):
+    with pytest.raises(Failure, match=r"a kernel: out of memory"), process.out_of_memory("a kernel", "mask"):
         np.empty(2**60, np.uint8)
-    with pytest.raises(RuntimeError, match="inconsistent"), utils.enough("a batch", "lower --batch"):
+    with pytest.raises(RuntimeError, match="inconsistent"), process.out_of_memory("a batch", "lower --batch"):
         torch.ones(2) @ torch.ones(3)
 
 
@@ -123,7 +124,7 @@ def test_memory_that_does_not_suffice_is_a_failure():
 )
 def test_memory_that_does_not_suffice_on_a_gpu_is_a_failure(words):
     """In the words of PyTorch, cuDNN and cuBLAS, which raise no class of their own for it."""
-    with pytest.raises(utils.Failure, match="lower --batch"), utils.enough("a batch", "lower --batch"):
+    with pytest.raises(Failure, match="lower --batch"), process.out_of_memory("a batch", "lower --batch"):
         raise RuntimeError(words)
 
 
@@ -137,10 +138,8 @@ def test_memory_that_does_not_suffice_on_a_gpu_is_a_failure(words):
 )
 def test_a_refusal_that_may_have_other_reasons_says_so(words):
     with (
-        pytest.raises(
-            utils.Failure, match=r"refused, mostly for want of memory; lower --batch; `make device`"
-        ),
-        utils.enough("a batch", "lower --batch"),
+        pytest.raises(Failure, match=r"refused, mostly for want of memory; lower --batch; `make device`"),
+        process.out_of_memory("a batch", "lower --batch"),
     ):
         raise RuntimeError(words)
 
@@ -150,10 +149,10 @@ def test_random_states_come_back():
         return random.random(), float(np.random.random()), float(torch.rand(()))
 
     utils.seed_everything(1)
-    states = utils.random_states(torch.device("cpu"))
+    states = process.random_states(torch.device("cpu"))
     first = draw()
     assert draw() != first
-    utils.restore_random(states, torch.device("cpu"))
+    process.restore_random(states, torch.device("cpu"))
     assert draw() == first
 
 
@@ -169,9 +168,9 @@ def test_command_lets_a_fault_of_the_program_through(fault):
 
 def test_parser_mistakes_are_input_errors():
     parser = utils.ArgumentParser("A command.")
-    parser.add_argument("--batch", type=utils.number(int, at_least=1), default=5, help="scans at once")
+    parser.add_argument("--batch", type=utils.bounded(int, at_least=1), default=5, help="scans at once")
     for argv, word in [(["--batch", "0"], "--batch"), (["--other"], "--other"), (["--bat", "3"], "--bat")]:
-        with pytest.raises(utils.InputError, match=word):
+        with pytest.raises(InputError, match=word):
             parser.parse_args(argv)
     assert "(default: 5)" in parser.format_help()
 
@@ -188,7 +187,7 @@ def test_parser_mistakes_are_input_errors():
     ],
 )
 def test_number(options, text, expected):
-    value = utils.number(**options)(text)
+    value = utils.bounded(**options)(text)
     assert value == expected
     assert type(value) is options["kind"]
 
@@ -210,7 +209,7 @@ def test_number(options, text, expected):
 )
 def test_number_out_of_bounds(options, text, words):
     with pytest.raises(argparse.ArgumentTypeError) as error:
-        utils.number(**options)(text)
+        utils.bounded(**options)(text)
     assert words in str(error.value)
 
 
@@ -218,7 +217,7 @@ def test_choose_folds():
     assert utils.choose_folds(None, 3) == [0, 1, 2]
     assert utils.choose_folds([2, 0, 2], 3) == [0, 2]
     assert utils.choose_folds([0], 3) == [0]
-    with pytest.raises(utils.InputError, match=r"--run-folds 3.*0 to 2"):
+    with pytest.raises(InputError, match=r"--run-folds 3.*0 to 2"):
         utils.choose_folds([0, 3], 3)
 
 

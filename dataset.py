@@ -1,21 +1,12 @@
-"""From a CSV to checked scans, from scans to tensors, and from subjects to folds."""
+"""From a CSV to checked scans, from subjects to folds, and from scans to batches of tensors: a cohort."""
 
-import atexit
-import contextlib
-import csv
 import functools
 import hashlib
 import itertools
-import multiprocessing
 import os
-import shutil
-import signal
-from collections import deque
-from collections.abc import Callable, Hashable, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
-from math import prod
+from collections.abc import Callable, Hashable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TextIO
 
 import numpy as np
 import pandas as pd
@@ -25,19 +16,77 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Subset
 
 import utils
-from internals import devices, memory, nifti, storage
+from internals import nifti, storage, tables
+from internals.caches import Cache
 from internals.errors import InputError, blaming
+from internals.loading import Loader, ReadAhead, leave_signals
 from internals.nifti import Grid
 
 COLUMNS = ["path", "label", "subject"]
-CACHES = ("auto", "gpu", "ram", "disk", "none")
 CPU = torch.device("cpu")
 SCALING = "min-max, float32"
-WORKERS = 2  # threads that look at voxels where nothing is to be kept
 SAMPLE = 2**12  # bytes
 SHOWN = 20  # bad scans named in one message
 # of a list of scans: twice as many as UK Biobank has; what is larger is something else, and not read
-CSV_SIZE, MOST_ROWS, LONGEST_LINE = 2**25, 200_000, 2**16
+CSV_SIZE, MOST_ROWS = 2**25, 200_000
+
+
+# The cohort --------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Cohort:
+    """Checked scans on one grid, their folds, and their identity.
+
+    Attributes:
+        csv: the list that they are from.
+        table: one row per scan, from `read_csv`.
+        grid: their shape and affine.
+        folds: who is trained on, validated on and tested in each fold, from `make_folds`.
+        k: number of folds.
+    """
+
+    csv: Path
+    table: pd.DataFrame
+    grid: Grid
+    folds: pd.DataFrame
+    k: int
+
+    @functools.cached_property
+    def identity(self) -> dict:
+        """What tells this cohort from others: digests of CSV, scans and folds, and the grid."""
+        return {
+            "csv_sha256": storage.file_sha256(self.csv),
+            "scans_sha256": scans_digest(self.table),
+            "folds_sha256": hashlib.sha256(self.folds.to_csv(index=False).encode()).hexdigest(),
+            "grid": self.grid.record(),
+        }
+
+    def scan_indices(self, fold: int, role: str) -> list[int]:
+        """Row numbers, in the CSV's order, of the scans that have a role (train, val, test) in a fold."""
+        roles = self.folds.loc[self.folds["fold"] == fold, "role"].to_numpy()
+        return [int(row) for row in np.flatnonzero(roles == role)]
+
+    def labels(self, fold: int, role: str) -> np.ndarray:
+        """Labels of those scans, int (N,)."""
+        return self.table["label"].to_numpy()[self.scan_indices(fold, role)]
+
+    def open_scans(self, cache: Cache, threads: int = utils.THREADS) -> "ScanDataset":
+        """Decode and check every scan once, and keep it where the cache says.
+
+        Raises:
+            InputError: naming every scan that cannot be used; or the cache has no room for them.
+        """
+        shape = (len(self.table), *self.grid.shape)
+        read = functools.partial(_decode_all, self.table, threads)
+        return ScanDataset(self.table, cache.fill(shape, _cache_key(self.table, self.grid), read))
+
+
+def new_cohort(csv: Path, k: int, split: str, val_fraction: float, seed: int) -> Cohort:
+    """Read a list of scans, divide it into folds (see `make_folds`), and check the scans' headers."""
+    table = read_csv(csv)
+    folds = make_folds(table, k, split, val_fraction, seed)
+    return Cohort(csv, table, check_grid(table), folds, k)
 
 
 # The CSV -----------------------------------------------------------------------------------------
@@ -61,39 +110,11 @@ def read_csv(path: Path) -> pd.DataFrame:
         return _check_rows(_read_cells(path), path)
 
 
-def read_rows(file: Path) -> Iterator[list[str]]:
-    """The rows of a CSV in UTF-8, one at a time, without the blank ones.
-
-    Raises:
-        InputError: no such file, or no such text; said when the iteration gets there.
-    """
-    storage.file_size(file, "CSV")
-    try:
-        with file.open(encoding="utf-8-sig") as stream:  # \r\n and \r become \n
-            rows = csv.reader(_lines(stream), skipinitialspace=True, strict=True)
-            yield from (row for row in rows if row not in ([], [""]))
-    except (OSError, UnicodeError, csv.Error) as problem:
-        raise InputError(f"cannot be read as a CSV ({problem})") from problem
-
-
-def _lines(stream: TextIO) -> Iterator[str]:
-    """The lines of a text; a longer one than any row of a CSV is not read to its end."""
-    for number in itertools.count(1):
-        line = stream.readline(LONGEST_LINE + 1)
-        if len(line) > LONGEST_LINE:
-            raise InputError(f"line {number} has more than {LONGEST_LINE} characters")
-        if "\0" in line:
-            raise InputError(f"line {number} has a NUL character; expected text")
-        if not line:
-            return
-        yield line
-
-
 def _read_cells(file: Path) -> pd.DataFrame:
     """Path, label and subject of every row, as text; the index is the row's number, from 1."""
     if storage.file_size(file, "CSV") > CSV_SIZE:
         raise InputError(f"is larger than {CSV_SIZE >> 20} MiB; expected a list of scans")
-    rows = read_rows(file)
+    rows = tables.read_rows(file)
     first = next(rows, [])
     header = [name.strip().lower() for name in first]
     named = "path" in header or "label" in header
@@ -158,13 +179,11 @@ def check_grid(table: pd.DataFrame) -> Grid:
         except InputError as problem:
             problems[row] = str(problem)
             continue
-        first = grids[0]
-        if grids[-1].shape != first.shape:
-            problems[row] = f"shape {grids[-1].shape}, the first scan has {first.shape}"
-        elif not grids[-1].lies_like(first):
-            problems[row] = "its affine differs from the first scan's"
+        mismatch = grids[-1].mismatch(grids[0], "the first scan")
+        if mismatch:
+            problems[row] = mismatch
     if problems:  # the voxels of the others are looked at as well, so that one report has all
-        problems |= _decode(table["file"].drop(list(problems)), lambda row, volume: None, WORKERS)
+        problems |= _decode(table["file"].drop(list(problems)), lambda row, volume: None, utils.THREADS)
     _report(problems, table)
     return grids[0]
 
@@ -215,11 +234,41 @@ def _report(problems: dict[int, str], table: pd.DataFrame) -> None:
         raise InputError(f"{len(problems)} of {len(table)} scans cannot be used: {'; '.join(lines)}{more}")
 
 
-class Scans(Dataset):
+def _decode_all(table: pd.DataFrame, threads: int, keep: Callable[[int, np.ndarray], None]) -> None:
+    """Decode every scan and hand row and volume to `keep`; InputError where any cannot be used."""
+    _report(_decode(table["file"], keep, threads), table)
+
+
+def _decode(files: pd.Series, keep: Callable[[int, np.ndarray], None], threads: int) -> dict[int, str]:
+    """Decode and check scans, and hand row and volume to `keep`; returns what is wrong with which rows."""
+    problems: dict[int, str] = {}
+
+    def decode(row: int) -> None:
+        try:
+            volume = read_scan(files[row])
+        except InputError as problem:
+            problems[row] = str(problem)
+            return
+        keep(row, volume)
+
+    utils.in_threads(decode, files.index, "reading scans", threads)
+    return problems
+
+
+def _cache_key(table: pd.DataFrame, grid: Grid) -> str:
+    """A name for the decoded cohort that changes whenever a scan, the grid or the scaling does."""
+    digest = hashlib.sha256(f"{SCALING} {grid.shape}".encode())
+    for file in table["file"]:
+        status = file.stat()
+        digest.update(f"\n{file} {status.st_size} {status.st_mtime_ns}".encode())
+    return digest.hexdigest()[:16]
+
+
+class ScanDataset(Dataset):
     """The scans of a cohort as tensors; item i is (volume, label) of row i.
 
-    volume: float32 (1, X, Y, Z) in [0, 1]; label: int. With a cache every scan is decoded once, and handed
-    out as it lies there, not as a copy.
+    volume: float32 (1, X, Y, Z) in [0, 1]; label: int. Cached scans are handed out as they lie there, not as
+    copies; others are decoded at every use.
     """
 
     def __init__(self, table: pd.DataFrame, cached: np.ndarray | Tensor | None = None) -> None:
@@ -267,241 +316,31 @@ class Scans(Dataset):
                 volume = read_scan(self.files[i])
         return torch.as_tensor(volume).unsqueeze(0), self.labels[i]
 
+    def loader(
+        self,
+        indices: list[int],
+        batch: int,
+        workers: int = utils.THREADS,
+        seed: int | None = None,
+        device: torch.device = CPU,
+    ) -> Loader:
+        """Batches of some scans for a device: shuffled where there is a seed, else in the order of `indices`.
 
-def open_scans(
-    table: pd.DataFrame,
-    grid: Grid,
-    cache: str,
-    folder: Path,
-    workers: int,
-    device: torch.device = CPU,
-    shared: bool = False,
-    need: int = 0,
-) -> Scans:
-    """Decode and check every scan once, and keep what `cache` says.
-
-    Args:
-        table: from `read_csv`.
-        grid: from `check_grid`.
-        cache: "gpu", in the memory of `device`; "ram"; "disk", one memory-mapped file in `folder`, reused as
-            long as no scan changes; "none", decode again at every use; "auto", on the GPU where they
-            take at most half of its free memory, else in a disk cache that is there, else as `choose_cache`
-            says; "reuse", a disk cache that is there, else none.
-        folder: where a disk cache lies.
-        workers: threads that decode.
-        device: what the scans are read for.
-        shared: other processes may read the same scans at the same time.
-        need: bytes of the device's memory that "auto" leaves to the network at least.
-
-    Raises:
-        InputError: naming every scan that cannot be used; or `device` has no room of its own for them.
-    """
-    size = 4 * len(table) * prod(grid.shape)
-    if cache == "gpu":
-        check_gpu_cache(size, device)
-    stored = folder / f"scans-{_cache_key(table, grid)}.float32"
-    shape = (len(table), *grid.shape)
-    if cache == "auto" and fits_on_gpu(size, device, need):
-        cache = "gpu"
-    if cache in ("auto", "disk", "reuse") and _is_whole(stored, size):
-        print(f"scans: {len(table)}, read from {stored}")
-        return Scans(table, np.memmap(stored, np.float32, "c", shape=shape))
-    if cache == "auto":
-        cache = choose_cache(size, folder, shared)
-    places = {"gpu": f"in the memory of {device}", "ram": "in memory", "disk": f"in {stored}"}
-    where = places.get(cache, "not cached")
-    print(f"scans: {len(table)} of {'x'.join(map(str, grid.shape))} voxels, {size / 1e9:.2f} GB, {where}")
-    if cache == "disk":
-        _fill_disk(table, stored, size, workers)
-        return Scans(table, np.memmap(stored, np.float32, "c", shape=shape))
-    kept = None
-    if cache in ("gpu", "ram"):
-        kept = torch.empty(shape, device=device if cache == "gpu" else CPU)
-
-    def keep(row: int, volume: np.ndarray) -> None:
-        if kept is not None:
-            kept[row] = torch.from_numpy(volume)
-
-    if kept is not None and _is_whole(stored, size):  # decoded and checked before
-        for row, volume in enumerate(np.memmap(stored, np.float32, "c", shape=shape)):
-            keep(row, volume)
-    else:
-        _report(_decode(table["file"], keep, workers), table)
-    return Scans(table, kept.numpy() if kept is not None and cache == "ram" else kept)
-
-
-class ReadAhead:
-    """Batches for a GPU, put together in pinned memory by threads while the GPU works; see `loader`.
-
-    Threads, since a process would copy every scan twice more. The order is that of a DataLoader of the
-    same generator.
-    """
-
-    def __init__(self, order: DataLoader, dataset: Subset, workers: int, device: torch.device) -> None:
-        self.order, self.dataset, self.workers, self.device = order, dataset, max(workers, 1), device
-
-    @property
-    def generator(self) -> torch.Generator | None:
-        """What shuffles."""
-        return self.order.generator
-
-    def __len__(self) -> int:
-        return len(self.order)
-
-    def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
-        coming: deque[Future] = deque()
-        pool = ThreadPoolExecutor(self.workers, initializer=devices.adopt, initargs=(self.device,))
-        try:
-            for numbers in self.order:
-                coming.append(pool.submit(self._gather, numbers.tolist()))
-                if len(coming) > self.workers:
-                    yield coming.popleft().result()
-            while coming:
-                yield coming.popleft().result()
-        finally:
-            pool.shutdown(cancel_futures=True)  # after Ctrl-C, too
-
-    def _gather(self, numbers: list[int]) -> tuple[Tensor, Tensor]:
-        """One batch: volumes (B, 1, X, Y, Z) and labels (B,)."""
-        volumes, labels = zip(*(self.dataset[number] for number in numbers), strict=True)
-        pinned = self.device.type == "cuda"
-        batch = torch.empty((len(volumes), *volumes[0].shape), pin_memory=pinned)
-        return torch.stack(volumes, out=batch), torch.tensor(labels)
-
-
-Loader = DataLoader | ReadAhead
-
-
-def loader(
-    scans: Scans,
-    rows: list[int],
-    batch: int,
-    workers: int,
-    seed: int | None = None,
-    device: torch.device = CPU,
-) -> Loader:
-    """Batches of some scans for a device: shuffled where there is a seed, else in the order of `rows`.
-
-    For CUDA, `workers` threads read ahead (`ReadAhead`), but not where the scans are kept on the GPU. Else
-    `workers` processes do, but not where the scans are kept in memory: they are at hand, and a process would
-    copy them once more.
-    """
-    chosen = Subset(scans, rows)
-    ahead = device.type == "cuda" and not scans.on_gpu
-    order = DataLoader(
-        range(len(rows)) if ahead else chosen,  # type: ignore[arg-type]
-        batch,
-        shuffle=seed is not None,
-        generator=None if seed is None else torch.Generator().manual_seed(seed),
-        num_workers=0 if ahead or scans.in_memory else workers,
-        worker_init_fn=_ignore_signals,
-    )
-    return ReadAhead(order, chosen, workers, device) if ahead else order
-
-
-def _ignore_signals(_: int) -> None:
-    """Leave Ctrl-C and SIGTERM, which may go to all processes, to the one that this one reads for."""
-    for name in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(name, signal.SIG_IGN)
-
-
-@atexit.register
-def _end_readers() -> None:
-    """Kill what still reads when the command ends: multiprocessing would send SIGTERM and wait."""
-    for child in multiprocessing.active_children():
-        child.kill()
-
-
-def _is_whole(stored: Path, size: int) -> bool:
-    return stored.exists() and stored.stat().st_size == size
-
-
-def _fill_disk(table: pd.DataFrame, stored: Path, size: int, workers: int) -> None:
-    """Decode every scan into one file; of several processes the first does so, the others wait for it."""
-    folder, ours = stored.parent, ["scans-*.float32"]
-    missing = [place for place in (folder, *folder.parents) if not place.exists()]
-    storage.make_folder(folder)
-    try:
-        with storage.locked(folder / storage.LOCK):
-            storage.remove_leftovers(folder, ours)
-            if _is_whole(stored, size):
-                return
-            with storage.whole_file(stored) as path:
-                # written, not mapped: a disk that fills up raises an error then, and does not kill
-                write = functools.partial(_write_volume, path)
-                _report(_decode(table["file"], write, workers), table)
-            for former in set(storage.written(folder, ours)) - {stored}:  # of scans that have changed
-                former.unlink(missing_ok=True)
-    except InputError:
-        with contextlib.suppress(OSError):  # another process may have put something there
-            for place in missing:
-                place.rmdir()
-        raise
-
-
-def _write_volume(path: Path, row: int, volume: np.ndarray) -> None:
-    """Write one decoded scan to its place in the file of all."""
-    with path.open("r+b") as stream:
-        stream.seek(row * volume.nbytes)
-        stream.write(np.ascontiguousarray(volume).data)
-
-
-def _decode(files: pd.Series, keep: Callable[[int, np.ndarray], None], workers: int) -> dict[int, str]:
-    """Decode and check scans, and hand row and volume to `keep`; returns what is wrong with which rows."""
-    problems: dict[int, str] = {}
-
-    def decode(row: int) -> None:
-        try:
-            volume = read_scan(files[row])
-        except InputError as problem:
-            problems[row] = str(problem)
-            return
-        keep(row, volume)
-
-    with ThreadPoolExecutor(max(workers, 1)) as pool:
-        try:
-            for _ in utils.progress(pool.map(decode, files.index), len(files), desc="reading scans"):
-                pass
-        finally:
-            pool.shutdown(cancel_futures=True)  # after Ctrl-C, too
-    return problems
-
-
-def _cache_key(table: pd.DataFrame, grid: Grid) -> str:
-    """A name for the decoded cohort that changes whenever a scan, the grid or the scaling does."""
-    digest = hashlib.sha256(f"{SCALING} {grid.shape}".encode())
-    for file in table["file"]:
-        status = file.stat()
-        digest.update(f"\n{file} {status.st_size} {status.st_mtime_ns}".encode())
-    return digest.hexdigest()[:16]
-
-
-def fits_on_gpu(size: int, device: torch.device, need: int) -> bool:
-    """Whether `size` bytes fill at most half of a CUDA device's free memory, and leave `need` bytes."""
-    if device.type != "cuda":
-        return False
-    free = devices.free_memory(device)
-    return size <= min(free / 2, free - need)
-
-
-def check_gpu_cache(size: int, device: torch.device) -> None:
-    """Raise InputError where `size` bytes of scans cannot be kept in a device's own memory."""
-    if device.type != "cuda":
-        raise InputError(f"--cache gpu: the device is {device}, expected a GPU of CUDA")
-    if size > devices.free_memory(device):
-        free = f"{device} has {devices.free_memory(device) / 1e9:.1f} GB free"
-        raise InputError(f"--cache gpu: the scans take {size / 1e9:.1f} GB, {free}")
-
-
-def choose_cache(size: int, folder: Path, shared: bool = False) -> str:
-    """The first of ram and disk that `size` bytes fill at most half of; "none" where neither does.
-
-    Where the scans are shared with other processes disk comes first: they read the same file.
-    """
-    existing = next(parent for parent in (folder, *folder.absolute().parents) if parent.exists())
-    room = {"ram": memory.available(), "disk": shutil.disk_usage(existing).free}
-    order = ("disk", "ram") if shared else ("ram", "disk")
-    return next((cache for cache in order if size <= room[cache] / 2), "none")
+        For CUDA, `workers` threads read ahead (`ReadAhead`), but not where the scans are kept on the GPU.
+        Else `workers` processes do, but not where the scans are kept in memory: they are at hand, and a
+        process would copy them once more.
+        """
+        chosen = Subset(self, indices)
+        ahead = device.type == "cuda" and not self.on_gpu
+        order = DataLoader(
+            range(len(indices)) if ahead else chosen,  # type: ignore[arg-type]
+            batch,
+            shuffle=seed is not None,
+            generator=None if seed is None else torch.Generator().manual_seed(seed),
+            num_workers=0 if ahead or self.in_memory else workers,
+            worker_init_fn=leave_signals,
+        )
+        return ReadAhead(order, chosen, workers, device) if ahead else order
 
 
 # Folds -------------------------------------------------------------------------------------------
@@ -545,17 +384,6 @@ def make_folds(table: pd.DataFrame, k: int, split: str, val_fraction: float, see
         role[table["subject"].isin(val)] = "val"
         folds.append(table[COLUMNS].assign(fold=fold, role=role))
     return pd.concat(folds, ignore_index=True)[["fold", "role", *COLUMNS]]
-
-
-def folds_digest(folds: pd.DataFrame) -> str:
-    """SHA-256 of who is train, val and test in each fold."""
-    return hashlib.sha256(folds.to_csv(index=False).encode()).hexdigest()
-
-
-def rows(folds: pd.DataFrame, fold: int, role: str) -> list[int]:
-    """Row numbers, in the CSV's order, of the scans that have a role in a fold."""
-    roles = folds.loc[folds["fold"] == fold, "role"].to_numpy()
-    return [int(row) for row in np.flatnonzero(roles == role)]
 
 
 def _validation(rest: np.ndarray, labels: np.ndarray, fraction: float, seed: int) -> np.ndarray:

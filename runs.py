@@ -1,92 +1,213 @@
-"""The training run that a command goes on from: what run.json and folds.csv record, checked."""
+"""A training run that a command goes on from: its cohort, its model and its networks."""
 
+from collections.abc import Sequence
+from dataclasses import dataclass
 from itertools import zip_longest
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import pandas as pd
+import torch
+from internals.checkpoints import load_weights
+from torch.optim.swa_utils import update_bn
 
 import dataset
-from internals import storage
+import models
+import utils
+from dataset import Cohort
+from internals import storage, tables
 from internals.errors import InputError, blaming
 
 ROLES = {role: role for role in ("train", "val", "test")}
+FOLDING = {"fold": 5, "split": "stratified", "val_fraction": 0.2, "seed": 0}  # train_cv.py's defaults
+CALIBRATION = 32  # training scans at most that give an untrained network's BatchNorm its statistics
 
 
-class Run(NamedTuple):
-    """A training run, checked: what is explained, and with which weights."""
+@dataclass(frozen=True)
+class Run:
+    """A training run, checked."""
 
-    csv: Path
-    table: pd.DataFrame
-    grid: dataset.Grid
-    folds: pd.DataFrame
-    model: str
-    k: int
+    folder: Path
+    cohort: Cohort
+    model: str  # name of its networks
 
-    def checkpoint(self, modelpath: Path, fold: int) -> Path:
+    def checkpoint(self, fold: int) -> Path:
         """The weights of a fold."""
-        return modelpath / f"state_dict_f{fold}.pth"
+        return self.folder / f"state_dict_f{fold}.pth"
 
 
-def find_run(modelpath: Path, csv: Path | None, model: str | None, k: int | None) -> Run:
-    """Read and check the run under `modelpath`; `csv`, `model` and `k` are the user's, or None."""
-    if (modelpath / "run.json").exists():
-        return _recorded_run(modelpath, csv, model, k)
-    if not modelpath.is_dir():
-        raise InputError(f"--modelpath {modelpath}: no such folder; train_cv.py makes one")
+def new_network(model: str, grid: dataset.Grid) -> models.CNN3d:
+    """`models.build_model` where name and scans are the user's: what does not fit is an InputError."""
+    try:
+        return models.build_model(model, grid.shape)
+    except ValueError as problem:
+        raise InputError(f"--model: {problem}") from problem
+
+
+# Networks ----------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class TrainedNetworks:
+    """The networks of a run's folds, with the weights of their best epochs."""
+
+    run: Run
+
+    def check(self, folds: Sequence[int]) -> None:
+        """Raise InputError where the network cannot be built, or some folds' weights cannot be loaded."""
+        model = new_network(self.run.model, self.run.cohort.grid)
+        for fold in folds:
+            load_weights(model, self.run.checkpoint(fold), torch.device("cpu"))
+
+    def digest(self, fold: int) -> str | None:
+        """What tells a fold's weights from others; None where there are none."""
+        path = self.run.checkpoint(fold)
+        return storage.file_sha256(path) if path.exists() else None
+
+    def load(self, fold: int, scans: dataset.ScanDataset, device: torch.device) -> models.CNN3d:
+        """The network of a fold, in evaluation mode."""
+        model = models.build_model(self.run.model, self.run.cohort.grid.shape)
+        return load_weights(model, self.run.checkpoint(fold), device)
+
+    def about(self) -> dict[str, Any]:
+        """What the record says of the networks."""
+        return {}
+
+
+@dataclass(frozen=True)
+class UntrainedNetworks:
+    """Networks as they were before any training, but for the running statistics of their BatchNorm.
+
+    As they are set up (mean 0, variance 1) they shrink what differs between scans from block to block, until
+    the network is nearly a constant function, and its maps are no floor for others. So they are estimated, as
+    the mean over some training scans, whose labels are not looked at.
+    """
+
+    run: Run
+    seed: int
+
+    def check(self, folds: Sequence[int]) -> None:
+        """Raise InputError where the network cannot be built."""
+        new_network(self.run.model, self.run.cohort.grid)
+
+    def digest(self, fold: int) -> str:
+        """What tells a fold's weights from others."""
+        count = len(self.calibration_scans(fold))
+        return f"random, seed {self.seed}, BatchNorm of {count} training scans"
+
+    def load(self, fold: int, scans: dataset.ScanDataset, device: torch.device) -> models.CNN3d:
+        """The network of a fold, in evaluation mode; its weights follow from the seed and the fold."""
+        utils.seed_everything(utils.fold_seed(self.seed, fold))
+        model = models.build_model(self.run.model, self.run.cohort.grid.shape).to(device)
+        update_bn(scans.loader(self.calibration_scans(fold), 1, device=device), model, device)
+        return model.eval()
+
+    def calibration_scans(self, fold: int) -> list[int]:
+        """The training scans that the statistics are estimated on: at most 32, evenly spaced in the CSV."""
+        train = self.run.cohort.scan_indices(fold, "train")
+        count = min(len(train), CALIBRATION)
+        return [train[number * len(train) // count] for number in range(count)]
+
+    def about(self) -> dict[str, Any]:
+        """What the record says of the networks."""
+        counts = {str(fold): len(self.calibration_scans(fold)) for fold in range(self.run.cohort.k)}
+        return {"calibration_scans_per_fold": counts}
+
+
+Networks = TrainedNetworks | UntrainedNetworks
+
+
+# Reading what train_cv.py wrote ------------------------------------------------------------------
+
+
+def find_run(folder: Path, csv: Path | None, model: str | None, k: int | None) -> Run:
+    """The run in a folder, checked; `csv`, `model` and `k` are the user's, or None.
+
+    A folder without a run.json holds published checkpoints, whose folds are the published ones.
+
+    Raises:
+        InputError: no run, a damaged one, or another than the user says.
+    """
+    if (folder / "run.json").exists():
+        return _recorded_run(folder, csv, model, k)
+    if not folder.is_dir():
+        raise InputError(f"--modelpath {folder}: no such folder; train_cv.py makes one")
     if csv is None or model is None:
-        raise InputError(f"--modelpath {modelpath}: holds no run.json, so --path and --model are needed")
-    print(
-        f"{modelpath} holds no run.json: published checkpoints, explained on the published contiguous folds"
-    )
-    table, k = dataset.read_csv(csv), k or 5
-    folds = dataset.make_folds(table, k, "contiguous", val_fraction=0, seed=0)  # nothing is trained here
-    return Run(csv, table, dataset.check_grid(table), folds, model, k)
+        raise InputError(f"--modelpath {folder}: holds no run.json, so --path and --model are needed")
+    print(f"{folder} holds no run.json: published checkpoints, explained on the published contiguous folds")
+    # nothing is trained here
+    return Run(folder, dataset.new_cohort(csv, k or 5, "contiguous", val_fraction=0, seed=0), model)
 
 
-def recorded_arguments(modelpath: Path) -> dict[str, Any]:
-    """The arguments of a run that made its folds, from run.json: fold, split, val_fraction and seed."""
-    record = storage.read_json(modelpath / "run.json")
-    with blaming(modelpath / "run.json"):
-        arguments = storage.recorded(record, "arguments", dict)
-        return {
-            "fold": storage.recorded(arguments, "fold", int, lambda k: k >= 2),
-            "split": storage.recorded(arguments, "split", str, lambda name: name in dataset.SPLITS),
-            "val_fraction": storage.recorded(
-                arguments, "val_fraction", (int, float), lambda part: 0 < part < 1
-            ),
-            "seed": storage.recorded(arguments, "seed", int, lambda seed: 0 <= seed < 2**32),
-        }
+def find_cohort(folder: Path, csv: Path | None, folding: dict[str, Any]) -> tuple[Cohort, dict[str, Any]]:
+    """The cohort of the run in a folder, or a new one of `csv` where there is no run.
+
+    Args:
+        folding: the keys of FOLDING, with the user's values, or None where the user gave none.
+
+    Returns:
+        The cohort, and the options that made its folds.
+
+    Raises:
+        InputError: neither run nor CSV, a damaged run, or one of other folds than asked for.
+    """
+    if (folder / "run.json").exists():
+        run, arguments = _recorded_run(folder, csv, model=None, k=None), recorded_folding(folder)
+        for name, value in folding.items():
+            if value not in (None, arguments[name]):
+                option = f"--{name.replace('_', '-')}"
+                raise InputError(f"{option} {value}: {folder} was trained with {arguments[name]}")
+        return run.cohort, arguments
+    if csv is None:
+        raise InputError(f"--modelpath {folder}: holds no run.json, so --path is needed")
+    folding = {name: FOLDING[name] if value is None else value for name, value in folding.items()}
+    k, split, fraction, seed = (folding[name] for name in FOLDING)
+    print(f"{folder} holds no run.json: {k} {split} folds are made of {csv}")
+    return dataset.new_cohort(csv, k, split, fraction, seed), folding
 
 
-def _recorded_run(modelpath: Path, csv: Path | None, model: str | None, k: int | None) -> Run:
+def recorded_folding(folder: Path) -> dict[str, Any]:
+    """The arguments of a run that made its folds, from run.json: the keys of FOLDING."""
+    record = storage.read_json(folder / "run.json")
+    valid = {
+        "fold": (int, lambda k: k >= 2),
+        "split": (str, lambda name: name in dataset.SPLITS),
+        "val_fraction": ((int, float), lambda part: 0 < part < 1),
+        "seed": (int, lambda seed: 0 <= seed < 2**32),
+    }
+    with blaming(folder / "run.json"):
+        arguments = storage.entry(record, "arguments", dict)
+        return {name: storage.entry(arguments, name, *valid[name]) for name in FOLDING}
+
+
+def _recorded_run(folder: Path, csv: Path | None, model: str | None, k: int | None) -> Run:
     """The run that run.json and folds.csv describe, as long as its CSV and scans are the same."""
-    record = storage.read_json(modelpath / "run.json")
-    with blaming(modelpath / "run.json"):
-        trained_csv = Path(storage.recorded(record, "csv", str))
-        digest, trained_model = (storage.recorded(record, name, str) for name in ("csv_sha256", "model"))
-        trained_grid = storage.recorded(record, "grid", dict)
-    trained_k = recorded_arguments(modelpath)["fold"]
+    record = storage.read_json(folder / "run.json")
+    with blaming(folder / "run.json"):
+        trained_csv = Path(storage.entry(record, "csv", str))
+        digest, trained_model = (storage.entry(record, name, str) for name in ("csv_sha256", "model"))
+        trained_grid = storage.entry(record, "grid", dict)
+    trained_k = recorded_folding(folder)["fold"]
     if model not in (None, trained_model):
-        raise InputError(f"--model {model}: {modelpath} was trained with {trained_model}")
+        raise InputError(f"--model {model}: {folder} was trained with {trained_model}")
     if k not in (None, trained_k):
-        raise InputError(f"--fold {k}: {modelpath} was trained with {trained_k} folds")
+        raise InputError(f"--fold {k}: {folder} was trained with {trained_k} folds")
     csv = csv or trained_csv
     table = dataset.read_csv(csv)
     if trained_k > len(table):
-        raise InputError(f"{modelpath / 'run.json'}: is damaged: {trained_k} folds of {len(table)} scans")
-    if storage.sha256(csv) != digest:
-        raise InputError(f"{csv}: is not the CSV that {modelpath} was trained on; its content changed")
+        raise InputError(f"{folder / 'run.json'}: is damaged: {trained_k} folds of {len(table)} scans")
+    if storage.file_sha256(csv) != digest:
+        raise InputError(f"{csv}: is not the CSV that {folder} was trained on; its content changed")
     grid = dataset.check_grid(table)
     if grid.record() != trained_grid:
-        raise InputError(f"{csv}: the scans' grid is not the one that {modelpath} was trained on")
-    scans = dataset.scans_digest(table)
-    if record.get("scans_sha256", scans) != scans:
-        raise InputError(f"{csv}: the scans changed since {modelpath} was trained on them")
-    with blaming(modelpath / "folds.csv"):
-        folds = _read_folds(modelpath / "folds.csv", table, trained_k)
-    return Run(csv, table, grid, folds, trained_model, trained_k)
+        raise InputError(f"{csv}: the scans' grid is not the one that {folder} was trained on")
+    with blaming(folder / "folds.csv"):
+        folds = _read_folds(folder / "folds.csv", table, trained_k)
+    cohort = Cohort(csv, table, grid, folds, trained_k)
+    if record.get("scans_sha256", "") not in ("", cohort.identity["scans_sha256"]):
+        raise InputError(f"{csv}: the scans changed since {folder} was trained on them")
+    return Run(folder, cohort, trained_model)
 
 
 def _read_folds(file: Path, table: pd.DataFrame, k: int) -> pd.DataFrame:
@@ -117,7 +238,7 @@ def _read_roles(file: Path, table: pd.DataFrame, k: int) -> list[str]:
     """
     scans = [list(scan) for scan in table[dataset.COLUMNS].astype(str).itertuples(index=False)]
     expected = ([str(fold), *scan] for fold in range(k) for scan in scans)
-    rows, roles = dataset.read_rows(file), []
+    rows, roles = tables.read_rows(file), []
     if next(rows, None) != ["fold", "role", *dataset.COLUMNS]:
         raise InputError(f"is damaged: expected the columns fold, role, {', '.join(dataset.COLUMNS)}")
     for number, (row, wanted) in enumerate(zip_longest(rows, expected), 2):

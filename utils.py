@@ -74,11 +74,21 @@ def bounded(
     return parse
 
 
+SEED = bounded(int, at_least=0, at_most=2**32 - 1)  # an argparse type
+
+
 def choose_folds(wanted: list[int] | None, k: int) -> list[int]:
     """The folds to run: all, or those of --run-folds, in order and once each."""
     if wanted and max(wanted) >= k:
         raise InputError(f"--run-folds {max(wanted)}: the folds are numbered 0 to {k - 1}")
     return sorted(set(wanted)) if wanted else list(range(k))
+
+
+def say_kept(chosen: list[int], missing: list[int]) -> None:
+    """Print which of the chosen folds were finished before."""
+    for fold in chosen:
+        if fold not in missing:
+            print(f"fold {fold}: finished before, kept")
 
 
 # Progress and seeds ------------------------------------------------------------------------------

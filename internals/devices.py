@@ -173,23 +173,29 @@ def values_at_once(device: torch.device, on_cpu: int) -> int:
     return min(fitting, LARGEST_CHUNK)
 
 
-def training_need(batch: int, per_scan: int) -> int:
-    """About how many bytes a training step takes at its height: five of the largest layer's outputs."""
-    return 5 * 4 * batch * per_scan
-
-
-def check_batch(batch: int, per_scan: int, device: torch.device) -> None:
-    """Raise InputError where a GPU's tensors would have more values than can be counted there.
+def check_batch(batch: int, per_scan: int, device: torch.device) -> int:
+    """Check that a GPU's libraries can count what a batch makes of its scans.
 
     Args:
         batch: scans at once.
         per_scan: values of the largest layer's output for one scan.
+
+    Returns:
+        About how many bytes a training step takes at its height: five of the largest layer's outputs.
+
+    Raises:
+        InputError: they cannot; with the largest batch that works.
     """
     if device.type == "cpu" or batch * per_scan <= MOST_VALUES:
-        return
+        return 5 * 4 * batch * per_scan
     largest = MOST_VALUES // per_scan
     way_out = f"the largest batch that works is {largest}" if largest else "no batch works; use --device cpu"
     raise InputError(
         f"--batch {batch}: a layer's output has {batch * per_scan} values, more than 2^31 - 1, which a GPU's "
         f"libraries cannot count; {way_out}"
     )
+
+
+def describe_batch(batch: int, shape: tuple[int, ...], model: str, device: torch.device) -> str:
+    """What is done at once, and where, as an error about too little memory says it."""
+    return f"--batch {batch} of {'x'.join(map(str, shape))} voxels, {model}, on {device}"

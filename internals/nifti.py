@@ -50,9 +50,13 @@ class Grid:
         """The grid as the run record keeps it."""
         return {"shape": list(self.shape), "affine": self.affine.tolist()}
 
-    def lies_like(self, other: "Grid") -> bool:
-        """Whether the affines agree to a micrometre."""
-        return np.allclose(self.affine, other.affine, atol=1e-3)
+    def mismatch(self, other: "Grid", owner: str) -> str:
+        """How the space differs from another's, in words; nothing where affines agree to a micrometre."""
+        if self.shape != other.shape:
+            return f"shape {self.shape}, {owner} has {other.shape}"
+        if not np.allclose(self.affine, other.affine, atol=1e-3):
+            return f"its affine differs from {owner}'s"
+        return ""
 
 
 def read_grid(file: Path) -> Grid:
@@ -66,17 +70,26 @@ def read_grid(file: Path) -> Grid:
         return _grid(_header(stream), _room(file))
 
 
-def read_image(file: Path) -> tuple[np.ndarray, Grid]:
+def read_image(
+    file: Path, like: Grid | None = None, owner: str = "the first scan"
+) -> tuple[np.ndarray, Grid]:
     """Read an image through to the end of its file, its checksum included.
+
+    Args:
+        like: the grid that it must lie on, that of `owner`.
 
     Returns:
         The voxels as float32 (X, Y, Z), scaled as the header says, and their grid.
 
     Raises:
-        InputError: as `read_grid`, or the file is damaged, or unpacks to more than its header says.
+        InputError: as `read_grid`, or it lies elsewhere, or the file is damaged, or unpacks to more than its
+            header says.
     """
     with _opened(file) as stream:
         grid = _grid(_header(stream), _room(file))
+        mismatch = "" if like is None else grid.mismatch(like, owner)
+        if mismatch:
+            raise InputError(mismatch)
         stream.seek(int(grid.header["vox_offset"]))
         values = _decode(stream, grid)
         if _packed(file) and stream.read(1):
@@ -212,5 +225,5 @@ def save_map(values: np.ndarray, header: nib.Nifti1Header, path: Path) -> None:
     header["cal_min"] = header["cal_max"] = 0
     header["vox_offset"] = 0  # the scan's may leave room for extensions; nibabel puts in its own
     image = KINDS[type(header)](np.asarray(values, dtype=np.float32), None, header)
-    with storage.whole_file(path) as partial:
+    with storage.atomic_write(path) as partial:
         nib.save(image, partial)

@@ -1,0 +1,69 @@
+"""Batches of scans, read ahead while a device works on the ones before."""
+
+import atexit
+import multiprocessing
+import signal
+from collections import deque
+from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, Subset
+
+from internals import devices
+
+
+class ReadAhead:
+    """Batches for a GPU, put together in pinned memory by threads while the GPU works; see `loader`.
+
+    Threads, since a process would copy every scan twice more. The order is that of a DataLoader of the
+    same generator.
+    """
+
+    def __init__(self, order: DataLoader, dataset: Subset, workers: int, device: torch.device) -> None:
+        self.order, self.dataset, self.workers, self.device = order, dataset, max(workers, 1), device
+
+    @property
+    def generator(self) -> torch.Generator | None:
+        """What shuffles."""
+        return self.order.generator
+
+    def __len__(self) -> int:
+        return len(self.order)
+
+    def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
+        coming: deque[Future] = deque()
+        pool = ThreadPoolExecutor(self.workers, initializer=devices.adopt, initargs=(self.device,))
+        try:
+            for numbers in self.order:
+                coming.append(pool.submit(self._gather, numbers.tolist()))
+                if len(coming) > self.workers:
+                    yield coming.popleft().result()
+            while coming:
+                yield coming.popleft().result()
+        finally:
+            pool.shutdown(cancel_futures=True)  # after Ctrl-C, too
+
+    def _gather(self, numbers: list[int]) -> tuple[Tensor, Tensor]:
+        """One batch: volumes (B, 1, X, Y, Z) and labels (B,)."""
+        volumes, labels = zip(*(self.dataset[number] for number in numbers), strict=True)
+        pinned = self.device.type == "cuda"
+        batch = torch.empty((len(volumes), *volumes[0].shape), pin_memory=pinned)
+        return torch.stack(volumes, out=batch), torch.tensor(labels)
+
+
+Loader = DataLoader | ReadAhead
+
+
+def leave_signals(_: int) -> None:
+    """Leave Ctrl-C and SIGTERM, which may go to all processes, to the one that this one reads for."""
+    for name in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(name, signal.SIG_IGN)
+
+
+@atexit.register
+def _end_readers() -> None:
+    """Kill what still reads when the command ends: multiprocessing would send SIGTERM and wait."""
+    for child in multiprocessing.active_children():
+        child.kill()

@@ -60,7 +60,7 @@ class ResultFolder:
     files: Files
     parts: Sequence[PartKey]
     identity: Mapping[str, Any]
-    made_from: Mapping[PartKey, Mapping[str, Any]] = field(default_factory=dict)
+    made_from: Mapping[Any, Mapping[str, Any]] = field(default_factory=dict)
     chosen: Sequence[PartKey] | None = None
     overwrite: bool = False
     _depth: int = 0
@@ -235,7 +235,7 @@ class ResultFolder:
         def whole(part: PartKey) -> bool:
             names = self.files.summary if part == SUMMARY else [name.format(part) for name in self.files.part]
             wanted = self.made_from.get(part, {})
-            same = all(facts[fact].get(str(part)) == value for fact, value in wanted.items())
+            same = all((str(part), value) in facts[fact].items() for fact, value in wanted.items())
             paths = [self.path / name for name in names]
             return same and all(path.exists() and path not in removed for path in paths)
 

@@ -31,7 +31,7 @@ import utils
 from dataset import Loader
 from ggc import guided_gradcam
 from ig import integrated_gradients
-from internals import devices, nifti, process, storage
+from internals import checkpoints, devices, nifti, process, storage
 from internals.errors import InputError, blaming
 from lrp import lrp
 from runs import Run
@@ -98,7 +98,7 @@ def check_weights(run: Run, modelpath: Path, folds: list[int], weights: str) -> 
     """Build the network and load the folds' trained weights once; raises InputError where that fails."""
     model = models.require_model(run.model, run.grid.shape)
     for fold in folds if weights == "trained" else []:
-        models.load_weights(model, run.checkpoint(modelpath, fold), torch.device("cpu"))
+        checkpoints.load_weights(model, run.checkpoint(modelpath, fold), torch.device("cpu"))
 
 
 def digests(run: Run, modelpath: Path, weights: str, seed: int, folds: Iterable[int]) -> dict[int, str]:
@@ -125,7 +125,7 @@ def load_fold(
     if weights == "random":
         return untrained(run, scans, fold, seed, device)
     model = models.build_model(run.model, run.grid.shape)
-    return models.load_weights(model, run.checkpoint(modelpath, fold), device)
+    return checkpoints.load_weights(model, run.checkpoint(modelpath, fold), device)
 
 
 def untrained(run: Run, scans: dataset.Scans, fold: int, seed: int, device: torch.device) -> models.CNN3d:

@@ -30,6 +30,7 @@ import selfcheck
 import utils
 from dataset import Loader
 from internals import devices, process, storage
+from internals.checkpoints import UNREADABLE, load_weights
 from internals.devices import PRECISIONS
 from internals.errors import InputError, blaming
 
@@ -86,7 +87,7 @@ def new_training(
     """An untrained network and its optimiser; the weights depend on the seed and the fold alone."""
     utils.seed_everything(utils.fold_seed(seed, fold))
     model = models.build_model(name, grid.shape).to(device)
-    model = model.to(memory_format=models.layout(device))  # type: ignore[call-overload]
+    model = model.to(memory_format=devices.memory_format(device))  # type: ignore[call-overload]
     return model, torch.optim.Adam(model.parameters(), lr=lr, weight_decay=wd)
 
 
@@ -183,7 +184,7 @@ def load_progress(path: Path, model: models.CNN3d, optimiser: torch.optim.Optimi
         return Course(**state["course"])
     except torch.OutOfMemoryError:
         raise
-    except models.UNREADABLE as problem:
+    except UNREADABLE as problem:
         reason = f"is damaged ({type(problem).__name__}); remove it to train this fold from its start"
         raise InputError(f"{path}: {reason}") from problem
 
@@ -319,7 +320,7 @@ class Fold:
         """Raise InputError where it is finished, but its files are not as they were written."""
         if not self.finished:
             return
-        models.load_weights(model, self.checkpoint, torch.device("cpu"))
+        load_weights(model, self.checkpoint, torch.device("cpu"))
         try:
             history = pd.read_csv(self.history, dtype=float)
         except (OSError, ValueError) as problem:
@@ -374,7 +375,7 @@ def test_folds(
     tests = folds[folds["role"] == "test"]
     predictions = []
     for fold, checkpoint in enumerate(checkpoints):
-        models.load_weights(model, checkpoint, device)
+        load_weights(model, checkpoint, device)
         predictions.append(predict_test(model, load(fold, "test"), tests[tests["fold"] == fold]))
     return pd.concat(predictions)
 

@@ -4,8 +4,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from internals.folded import Network, check_arguments, norm_factor, through_relu, unpool
-from models import CNN3d, frozen
+from internals.folded import Network, norm_factor, through_relu, unpool
+from models import CNN3d, check_arguments, evaluation_mode
 
 
 def guided_gradcam(model: CNN3d, volume: Tensor, target: Tensor) -> Tensor:
@@ -29,7 +29,7 @@ def guided_gradcam(model: CNN3d, volume: Tensor, target: Tensor) -> Tensor:
         ValueError: shapes, dtypes or targets that do not fit.
     """
     check_arguments(model, volume, target)
-    with frozen(model), torch.no_grad():
+    with evaluation_mode(model), torch.no_grad():
         network = Network(model, volume.shape[2:])
         features, traces = volume, []
         for block in network.blocks:

@@ -7,8 +7,8 @@ from torch import Tensor
 
 import utils
 from internals.devices import values_at_once
-from internals.folded import Network, check_arguments, in_slabs, pull, support, through_relu, unpool_and_pull
-from models import CNN3d, frozen
+from internals.folded import Network, in_slabs, pull, support, through_relu, unpool_and_pull
+from models import CNN3d, check_arguments, evaluation_mode
 
 CHUNK = 2**24  # values of the first block's output worked on at once on a CPU, 64 MiB in float32
 
@@ -48,7 +48,7 @@ def integrated_gradients(
             f"baseline: expected {volume.dtype} {tuple(volume.shape)}, "
             f"got {baseline.dtype} {tuple(baseline.shape)}"
         )
-    with frozen(model), torch.no_grad():
+    with evaluation_mode(model), torch.no_grad():
         box = support(volume) if baseline is None else support(volume, baseline)
         network = Network(model, volume.shape[2:], box)
         head = network.head

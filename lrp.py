@@ -6,17 +6,17 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from internals.devices import to_memory_format
 from internals.folded import (
     Network,
     at_winners,
-    check_arguments,
     convolve,
     in_slabs,
     support,
     unpool_and_pull,
     with_halo,
 )
-from models import CLASSES, BlockLayers, CNN3d, frozen, in_layout
+from models import CLASSES, BlockLayers, CNN3d, check_arguments, evaluation_mode
 
 
 def lrp(model: CNN3d, volume: Tensor, target: Tensor, beta: float = 0.5, epsilon: float = 1e-6) -> Tensor:
@@ -41,7 +41,7 @@ def lrp(model: CNN3d, volume: Tensor, target: Tensor, beta: float = 0.5, epsilon
         ValueError: shapes, dtypes or targets that do not fit.
     """
     check_arguments(model, volume, target)
-    with frozen(model), torch.no_grad():
+    with evaluation_mode(model), torch.no_grad():
         network = Network(model, volume.shape[2:], support(volume))
         values, rules = volume[:, :, *network.head], []
         for layers, margin in zip(model.blocks(), network.margins, strict=True):
@@ -55,7 +55,7 @@ def lrp(model: CNN3d, volume: Tensor, target: Tensor, beta: float = 0.5, epsilon
         relevance = logits * F.one_hot(target, CLASSES)  # (B, 2)
         for rule in reversed(linear):
             relevance = rule.backward(relevance)
-        relevance = in_layout(relevance.view(values.shape))
+        relevance = to_memory_format(relevance.view(values.shape))
         for block, margin in zip(reversed(rules), reversed(network.margins), strict=True):
             relevance = block.backward(margin.crop(relevance))
         result = torch.zeros_like(volume)

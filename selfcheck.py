@@ -104,7 +104,7 @@ def checks(device: torch.device, name: str, precisions: list[str]) -> Iterator[C
     model, volume = lively_network(name, (edge, edge + 1, edge + 2))
     target = torch.arange(BATCH) % models.CLASSES
     exact, wide = copy.deepcopy(model).double(), volume.double()
-    there = copy.deepcopy(model).to(device).to(memory_format=models.layout(device))  # type: ignore[call-overload]
+    there = copy.deepcopy(model).to(device).to(memory_format=devices.memory_format(device))  # type: ignore[call-overload]
     scans, wanted = volume.to(device), target.to(device)
 
     work: list[tuple[str, str, Work, Work]] = []

@@ -79,7 +79,7 @@ class TrainingState:
 
 def new_state(model: models.CNN3d, lr: float, wd: float, device: torch.device) -> TrainingState:
     """The beginning: a network on its device, Adam, nothing learned."""
-    model = model.to(device).to(memory_format=models.layout(device))  # type: ignore[call-overload]
+    model = model.to(device).to(memory_format=devices.memory_format(device))  # type: ignore[call-overload]
     return TrainingState(model, torch.optim.Adam(model.parameters(), lr=lr, weight_decay=wd))
 
 

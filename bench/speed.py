@@ -47,7 +47,7 @@ import selfcheck
 import simulate
 import train_cv
 import utils
-from internals import devices, process
+from internals import checkpoints, devices, process
 
 TARGETS = {  # work: at least so many times faster, at most this share of the memory, on a CPU
     "IG, 100 steps": (10, 0.6),
@@ -98,7 +98,7 @@ def train(work: str, side: str, model: models.CNN3d, volume: Tensor, steps: int)
         for _ in range(steps):
             references.training_step(model, optimiser, volume, label, dtype)
     else:
-        model.to(memory_format=models.layout(volume.device))  # type: ignore[call-overload]
+        model.to(memory_format=devices.memory_format(volume.device))  # type: ignore[call-overload]
         optimiser = torch.optim.Adam(model.parameters(), lr=1e-4)
         # a generator of its own, so that both sides draw the same dropout
         loader = DataLoader(TensorDataset(volume, label), generator=torch.Generator())
@@ -188,7 +188,7 @@ def worker(work: str, side: str, name: str, scan: Path, device: torch.device, pr
     if work == "weights":
         return save_weights(name, scan, weights)
     volume = load_scan(scan, device)
-    model = models.load_weights(models.build_model(name, volume.shape[2:]), weights, device)  # type: ignore[arg-type]
+    model = checkpoints.load_weights(models.build_model(name, volume.shape[2:]), weights, device)  # type: ignore[arg-type]
     if side == "ours":
         process.keep_freed_memory()  # as the commands do
     seconds, result = measure(work, side, model, volume)

@@ -18,14 +18,16 @@ any convolution, and IG and LRP attribute nothing. So blocks work on a box aroun
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from math import prod
-from typing import NamedTuple, cast
+from typing import TYPE_CHECKING, NamedTuple, cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from internals.devices import values_at_once
-from models import CLASSES, BlockLayers, CNN3d, in_layout, layout
+from internals.devices import memory_format, to_memory_format, values_at_once
+
+if TYPE_CHECKING:
+    from models import BlockLayers, CNN3d
 
 SLAB = 2**23  # values of a convolution's output that are worked on at once on a CPU, 32 MiB in float32
 
@@ -49,7 +51,7 @@ class Block:
     window: int
 
     @classmethod
-    def fold(cls, layers: BlockLayers) -> "Block":
+    def fold(cls, layers: "BlockLayers") -> "Block":
         """Fold evaluation-mode BatchNorm into the convolution before it."""
         conv, norm, _, pool = layers
         factor = norm_factor(norm)  # (n,)
@@ -145,7 +147,7 @@ class Network:
     of them, and `margins` what surrounds each block's output.
     """
 
-    def __init__(self, model: CNN3d, grid: torch.Size, box: Box | None = None) -> None:
+    def __init__(self, model: "CNN3d", grid: torch.Size, box: Box | None = None) -> None:
         self.blocks = [Block.fold(layers) for layers in model.blocks()]
         self.hidden, self.output = model.linears()
         box, parts = box or whole(grid), []
@@ -170,7 +172,7 @@ class Network:
     def declassify(self, target: Tensor, hidden: Tensor, shape: torch.Size, guided: bool = False) -> Tensor:
         """Gradient of each scan's target logit at the output of the last block, of the given shape."""
         gradient = through_relu(self.output.weight[target], hidden, guided)  # (B, 64)
-        return in_layout((gradient @ self.hidden.weight).view(shape))
+        return to_memory_format((gradient @ self.hidden.weight).view(shape))
 
     def gradient(self, features: Tensor, target: Tensor) -> Tensor:
         """Gradient of the target logit at the first block's output.
@@ -302,7 +304,7 @@ def unpool(values: Tensor, winners: Tensor, grid: torch.Size) -> Tensor:
 
 def _empty(shape: tuple[int, ...], like: Tensor) -> Tensor:
     """Memory for values (B, n, x, y, z), of the type, on the device and in the layout of others."""
-    return torch.empty(shape, dtype=like.dtype, device=like.device, memory_format=layout(like.device))
+    return torch.empty(shape, dtype=like.dtype, device=like.device, memory_format=memory_format(like.device))
 
 
 def at_winners(values: Tensor, winners: Tensor) -> Tensor:
@@ -316,7 +318,7 @@ def convolve(inputs: Tensor, weight: Tensor, padding: Sequence[int] = (0, 0, 0))
 
     On a CPU PyTorch takes a slower routine than oneDNN's where a float32 grid is small.
     """
-    inputs = in_layout(inputs)
+    inputs = to_memory_format(inputs)
     if inputs.device.type == "cpu" and inputs.dtype == torch.float32 and torch.backends.mkldnn.is_available():
         return torch.mkldnn_convolution(inputs, weight, None, padding, (1, 1, 1), (1, 1, 1), 1)
     return F.conv3d(inputs, weight, padding=padding)
@@ -341,15 +343,3 @@ def pull(gradient: Tensor, weight: Tensor) -> Tensor:
     for tap in range(kernel):
         result[:, 0, tap : tap + length] += planes[:, tap]
     return result
-
-
-def check_arguments(model: nn.Module, volume: Tensor, target: Tensor) -> None:
-    """Raise ValueError unless the arguments of an explanation method fit together."""
-    if not isinstance(model, CNN3d):
-        raise ValueError(f"expected a CNN3d, got {type(model).__name__}")
-    if volume.ndim != 5 or volume.shape[1] != 1 or not volume.is_floating_point():
-        raise ValueError(f"volume: expected floats (B, 1, X, Y, Z), got {volume.dtype} {tuple(volume.shape)}")
-    if target.dtype != torch.int64 or target.shape != volume.shape[:1]:
-        raise ValueError(f"target: expected int64 ({len(volume)},), got {target.dtype} {tuple(target.shape)}")
-    if ((target < 0) | (target >= CLASSES)).any():
-        raise ValueError(f"target: expected 0 or 1, got {target.tolist()}")

@@ -9,12 +9,10 @@ import torch.nn.functional as F
 from networks import (
     CASES,
     Case,
-    arguments,
     difference,
     head_in_zeros,
     mixed_targets,
     network_by_hand,
-    over_bad_arguments,
     over_cases,
     random_network,
     random_volume,
@@ -22,10 +20,10 @@ from networks import (
 from torch import Tensor
 
 from internals import folded
+from internals.devices import to_memory_format
 from internals.folded import (
     Block,
     Network,
-    check_arguments,
     convolve,
     norm_factor,
     pull,
@@ -34,7 +32,6 @@ from internals.folded import (
     unpool,
     whole,
 )
-from models import in_layout
 
 # Sums of at most a few thousand float64 terms, in another order
 ORACLE = 1e-10
@@ -162,7 +159,7 @@ def test_through_relu():
 def test_channels_last_says_so(channels: int, batch: int):
     """Where PyTorch reads the layout from the strides: the outputs of a convolution are like its inputs."""
     values = torch.rand(batch, channels, 5, 6, 7)
-    found = in_layout(values)
+    found = to_memory_format(values)
     assert torch.equal(found, values)
     outputs = convolve(found, torch.rand(4, channels, 3, 3, 3))
     assert outputs.is_contiguous(memory_format=torch.channels_last_3d)
@@ -271,20 +268,3 @@ def test_reading_a_model_does_not_change_it():
         network = Network(model, torch.Size(case.grid))
         network.gradient(network.blocks[0].forward(random_volume(case))[0], torch.tensor([1]))
     assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
-
-
-# Arguments ---------------------------------------------------------------------------------------
-
-
-def test_good_arguments():
-    good = arguments()
-    check_arguments(**good)
-    volume = torch.rand(3, 1, 8, 8, 8, dtype=torch.float64)
-    check_arguments(good["model"], volume, torch.tensor([0, 1, 1]))
-
-
-@over_bad_arguments
-def test_bad_arguments(changes: dict[str, object]):
-    with pytest.raises(ValueError, match="expected") as caught:
-        check_arguments(**arguments(**changes))
-    assert str(caught.value).startswith(next(iter(changes)) if "model" not in changes else "expected a CNN3d")

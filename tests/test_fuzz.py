@@ -25,7 +25,7 @@ import heatmap
 import models
 import overlap
 import runs
-from internals import nifti, process, storage
+from internals import checkpoints, nifti, process, storage
 from internals.errors import InputError
 
 ROOM = 2**30  # bytes beyond what the process has already: more is a MemoryError, which no test allows
@@ -257,5 +257,5 @@ def test_checkpoint(folder, data, zipped: bool):
     raw = raw[: data.draw(st.just(len(raw)) | st.integers(0, len(raw)))]
     file = folder / "spoilt.pth"
     file.write_bytes(raw)
-    if attempt(models.load_weights, model, file, torch.device("cpu")):
+    if attempt(checkpoints.load_weights, model, file, torch.device("cpu")):
         assert all(torch.isfinite(values).all() for values in model.state_dict().values())

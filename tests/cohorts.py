@@ -27,7 +27,10 @@ OBLIQUE = np.array(
 # What spreadsheets and pandas like to change: leading zeros, exponents, "NA".
 SUBJECTS = ["007", "010", "NA", "0003", "1e5", "005", "6.0", "0012", "+9", "011", "13", "007"]
 LABELS = [0, 1, 1, 0, 0, 1, 1, 0, 1, 0, 1, 0]
-MODEL = "modelB2"
+MODEL, K = "modelB2", 2
+# how train_cv.py is called for the run that tests share: quick, and in memory
+TRAINED = ["--model", MODEL, "--device", "cpu", "--batch", "2", "--fold", str(K), "--lr", "1e-3"]
+TRAINED += ["--epochs", "2", "--val-fraction", "0.34", "--seed", "3", "--cache", "ram"]
 
 
 def voxels(seed: int, label: int = 0, shape: tuple[int, ...] = SHAPE) -> np.ndarray:

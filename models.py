@@ -16,7 +16,6 @@ import torch
 from torch import Tensor, nn
 
 from internals.devices import to_memory_format
-from internals.errors import InputError
 from internals.fused import norm_relu_pool, stacked_convolution
 
 # family: (convolution kernel, pooling kernel) of each block, from the scan to the classifier

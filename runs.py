@@ -9,7 +9,6 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import torch
-from internals.checkpoints import load_weights
 from torch.optim.swa_utils import update_bn
 
 import dataset
@@ -17,6 +16,7 @@ import models
 import utils
 from dataset import Cohort
 from internals import storage, tables
+from internals.checkpoints import load_weights
 from internals.errors import InputError, blaming
 
 ROLES = {role: role for role in ("train", "val", "test")}

@@ -14,7 +14,6 @@ from pathlib import Path
 
 import pandas as pd
 import torch
-from internals.checkpoints import load_weights
 
 import classifier_scores
 import dataset
@@ -27,6 +26,7 @@ import utils
 from dataset import Cohort, Grid, ScanDataset
 from internals import caches, devices, process, storage
 from internals.caches import Cache
+from internals.checkpoints import load_weights
 from internals.devices import PRECISIONS
 from internals.errors import InputError
 from internals.loading import Loader

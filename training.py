@@ -10,12 +10,12 @@ from typing import Any, cast
 import numpy as np
 import torch
 import torch.nn.functional as F
-from internals.checkpoints import UNREADABLE
 from torch import Tensor, nn
 
 import models
 import utils
 from internals import devices, process, storage
+from internals.checkpoints import UNREADABLE
 from internals.errors import InputError
 from internals.loading import Loader
 

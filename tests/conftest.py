@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from cohorts import K, MODEL, SHAPE, TRAINED, load_volume, write_cohort
+from cohorts import MODEL, SHAPE, TRAINED, K, load_volume, write_cohort
 from hypothesis import settings
 
 import classifier_scores
@@ -19,7 +19,7 @@ settings.register_profile("long", max_examples=10_000)  # of `make fuzz`
 
 @pytest.fixture(scope="session", autouse=True)
 def _few_draws() -> Iterator[None]:
-    """Fifty bootstrap draws in place of a thousand, for speed; test_classifier_scores.py has the bootstrap."""
+    """Fifty bootstrap draws in place of a thousand, for speed; the bootstrap has tests of its own."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(classifier_scores, "DRAWS", 50)
         yield
@@ -41,7 +41,7 @@ def run(csv, tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="session")
 def lively_run(run, csv, tmp_path_factory) -> Path:
-    """The same run with weights whose BatchNorm knows the scans, so that no activations are all zero; read only.
+    """The same run with weights whose BatchNorm knows the scans, so that activations are not all zero; read only.
 
     (After two epochs on eight scans a network this narrow may answer nothing but its last bias.)
     """

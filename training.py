@@ -96,12 +96,12 @@ def train(
         state.restore(progress, shuffling)
         print(f"{name}: goes on after epoch {len(state.history)}")
     here = devices.describe(next(state.model.parameters()).device)
-    state.devices += [] if here in state.devices else [here]
     while state.goes_on(schedule):
         begin, epoch = time.perf_counter(), len(state.history) + 1
         train_loss = train_epoch(state, train, schedule.precision, f"{name}, epoch {epoch}")
         valid_loss, accuracy = evaluate(state.model, val)
         check_loss(valid_loss, f"{name}, epoch {epoch}, validation")
+        state.devices += [] if here in state.devices else [here]
         seconds = time.perf_counter() - begin
         state.history.append([epoch, train_loss, valid_loss, accuracy, seconds])
         state.epochs_without_improvement += 1

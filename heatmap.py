@@ -139,6 +139,8 @@ def explain_fold(
 ) -> pd.DataFrame:
     """Explain a fold's test scans and write their mean map; returns the fold's rows of subjects.csv."""
     rows = cohort.scan_indices(fold, "test")
+    if save_subjects:
+        storage.make_folder(folder / "subjects")
 
     def keep(number: int, values: np.ndarray) -> None:
         if save_subjects:
@@ -258,7 +260,8 @@ def main(argv: list[str] | None = None) -> int:
     results = ResultFolder(
         args.outpath / name, FILES, folds, identity | cohort.identity, weights, only, args.overwrite
     )
-    results.check(partial(check_subjects, results.path))
+    if results.check(partial(check_subjects, results.path)):
+        read_subjects(results.path)  # though no fold is finished
 
     about = {"csv": str(cohort.csv), "modelpath": str(run.folder.resolve()), **networks.about()}
     work = devices.describe_batch(args.batch, cohort.grid.shape, run.model, device)
@@ -282,7 +285,7 @@ def main(argv: list[str] | None = None) -> int:
                 if due:
                     title = f"{name}, {run.model}: mean of {cohort.k} folds, {len(cohort.table)} test scans"
                     average_folds(results.path, cohort, scans, title)
-    report(results)
+            report(results)
     return 0
 
 

@@ -197,7 +197,7 @@ def main(argv: list[str] | None = None) -> int:
                 if due:
                     predictions = test_folds(network, cohort, load, args.outpath, device)
                     report(predictions, args.fold, args.delta, args.seed, args.outpath)
-    unfinished = results.unfinished()
+            unfinished = results.unfinished()
     if unfinished:
         print(f"not trained yet: folds {unfinished}; tests and metrics follow with the last fold")
     else:

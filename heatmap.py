@@ -257,7 +257,7 @@ def explain_fold(
     done = 0
     with utils.progress(None, len(cast(Sized, loader.dataset)), desc=name) as bar:
         for volume, label in loader:
-            volume, label = devices.move(volume, device), devices.move(label, device)
+            volume, label = devices.to_device(volume, device), devices.to_device(label, device)
             with torch.no_grad():
                 logits = model(volume)
             target = choose_target(target_rule, label, logits)

@@ -53,7 +53,7 @@ def draw_training(histories: list[pd.DataFrame], delta: float, path: Path) -> No
     axes[0][0].set_ylim(bottom=0)  # shared, and set once all curves are there
     axes[0][-1].legend(frameon=False)
     figure.tight_layout()
-    with storage.whole_file(path) as partial:
+    with storage.atomic_write(path) as partial:
         figure.savefig(partial, dpi=110)
     plt.close(figure)
 
@@ -97,7 +97,7 @@ def draw_map(values: np.ndarray, background: np.ndarray, affine: np.ndarray, tit
     bar = figure.add_axes((0.92, 0.25, 0.015, 0.5))
     bar.set_title("attribution", fontsize=10)
     figure.colorbar(colours, cax=bar).formatter.set_powerlimits((-2, 2))
-    with storage.whole_file(path) as partial:
+    with storage.atomic_write(path) as partial:
         figure.savefig(partial, dpi=110)
     plt.close(figure)
 
@@ -127,7 +127,7 @@ def draw_overlap(table: pd.DataFrame, ranked: pd.DataFrame, curves: dict[str, An
         known |= {label: handle for handle, label in zip(*axis.get_legend_handles_labels(), strict=True)}
     axes[0].set(ylabel="Dice with the reference", ylim=(0, None))
     figure.legend(known.values(), known, loc="outside lower center", ncols=-(-len(known) // 2), frameon=False)
-    with storage.whole_file(path) as partial:
+    with storage.atomic_write(path) as partial:
         figure.savefig(partial, dpi=150)
     plt.close(figure)
 

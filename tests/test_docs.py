@@ -212,7 +212,7 @@ def test_map_of_the_code():
 
 @each_page
 def test_files_and_names_in_the_pages_exist(page):
-    """`bench/device.py` is a file; `folded.pull` is a function, class, constant or method in folded.py."""
+    """`bench/device.py` is a file; `folded.convolve` is a function, class, constant or method there."""
     source = {path.stem: path.read_text() for path in MODULES}
     for word in " ".join(code(page)).split():
         if re.fullmatch(r"[\w/]+\.(py|md|txt|cff)", word):

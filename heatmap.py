@@ -269,6 +269,8 @@ def main(argv: list[str] | None = None) -> int:
         scans = cohort.open_scans(Cache("reuse", args.modelpath / "cache"))
         with results.at_work(about) as missing:
             utils.say_kept(chosen, missing)
+            if args.save_subjects:
+                storage.make_folder(results.path / "subjects")
             update_subjects(results, missing)
             for fold in missing:
                 model = networks.load(fold, scans, device)

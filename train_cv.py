@@ -170,7 +170,8 @@ def main(argv: list[str] | None = None) -> int:
     chosen = utils.choose_folds(args.run_folds, args.fold)
     cohort = dataset.new_cohort(args.path, args.fold, args.split, args.val_fraction, args.seed)
     network = runs.new_network(args.model, cohort.grid)
-    need = devices.check_batch(args.batch, models.largest_output(args.model, cohort.grid.shape), device)
+    largest = models.largest_output(args.model, cohort.grid.shape)
+    devices.check_batch(args.batch, largest, device)
     options = {name: value for name, value in vars(args).items() if name not in INCIDENTAL}
     identity = cohort.identity | {"arguments": options}
     only = chosen if args.run_folds else None
@@ -179,7 +180,8 @@ def main(argv: list[str] | None = None) -> int:
         check_folds(args.outpath / "folds.csv", cohort.folds)
 
     about = {"csv": str(args.path.resolve()), "model": args.model, "seed": args.seed}
-    cache = Cache(args.cache, args.outpath / "cache", device, shared=bool(only), need=need)
+    need = devices.training_memory(args.batch, largest)
+    cache = Cache(args.cache, args.outpath / "cache", device, bool(only), need)
     schedule = Schedule(args.epochs, args.patience, args.delta, args.precision)
     work = devices.describe_batch(args.batch, cohort.grid.shape, args.model, device)
     with process.out_of_memory(work, "lower --batch, take fewer filters, or --cache disk"):

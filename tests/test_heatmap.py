@@ -397,8 +397,9 @@ def time_of(path: Path) -> int:
 
 
 def same_files(folder: Path, maps: Path) -> bool:
-    """Whether a folder is the finished one of LRP, byte for byte."""
-    return contents(folder) == contents(maps / "LRP")
+    """Whether a folder is the finished one of LRP, byte for byte, but for the order of the record's keys."""
+    found, expected = (dict(contents(place)) for place in (folder, maps / "LRP"))
+    return json.loads(found.pop("map.json")) == json.loads(expected.pop("map.json")) and found == expected
 
 
 @pytest.fixture

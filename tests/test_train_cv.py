@@ -31,7 +31,7 @@ from cohorts import (
     write_csv,
     write_scan,
 )
-from interruptions import ends_after, terminate
+from interruptions import ends_after
 
 import classifier_scores
 import dataset

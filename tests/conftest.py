@@ -41,7 +41,7 @@ def run(csv, tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="session")
 def lively_run(run, csv, tmp_path_factory) -> Path:
-    """The same run with weights whose BatchNorm knows the scans, so that activations are not all zero; read only.
+    """The same run, its BatchNorm knowing the scans so that activations are not all zero; read only.
 
     (After two epochs on eight scans a network this narrow may answer nothing but its last bias.)
     """

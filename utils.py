@@ -100,10 +100,10 @@ def progress(items: Iterable | None, total: int | None = None, **options: Any) -
 
 
 def in_threads(
-    work: Callable[[Item], Result], items: Collection[Item], name: str, threads: int = THREADS
+    work: Callable[[Item], Result], items: Collection[Item], name: str = "", threads: int = THREADS
 ) -> list[Result]:
-    """Apply `work` to every item in threads, with a progress bar; the results in the items' order."""
-    shown = {"desc": name, "disable": not sys.stderr.isatty(), "dynamic_ncols": True}
+    """Apply `work` to every item in threads; the results in the items' order. A name shows a progress bar."""
+    shown = {"desc": name, "disable": not (name and sys.stderr.isatty()), "dynamic_ncols": True}
     return thread_map(work, items, max_workers=threads, total=len(items), **shown)
 
 

@@ -83,6 +83,10 @@ class ResultFolder:
                     inspect(part)
         return bool(found)
 
+    def is_finished(self) -> bool:
+        """Whether all parts and what is made of them are finished and stay; raises InputError as `check`."""
+        return not {*self.parts, SUMMARY} - self._kept(self._find())
+
     def _find(self) -> dict[str, Any]:
         """The record that is there and stays; empty where the run starts afresh."""
         existing = next(place for place in (self.path, *self.path.absolute().parents) if place.exists())
@@ -136,19 +140,13 @@ class ResultFolder:
         chosen = list(self.parts if self.chosen is None else self.chosen)
         with contextlib.ExitStack() as stack:
             for part in chosen:
-                stack.enter_context(self._part_lock(part))
+                try:
+                    stack.enter_context(storage.locked(self._lock(part), wait=False))
+                except BlockingIOError as problem:
+                    raise InputError(f"{self.path}: another process is at work on {_name(part)}") from problem
             with self.locked():
                 missing = self._begin(chosen, about)
             yield missing
-
-    @contextlib.contextmanager
-    def _part_lock(self, part: PartKey) -> Iterator[None]:
-        with contextlib.ExitStack() as stack:
-            try:
-                stack.enter_context(storage.locked(self._lock(part), wait=False))
-            except BlockingIOError as problem:
-                raise InputError(f"{self.path}: another process is at work on {_name(part)}") from problem
-            yield
 
     def _lock(self, part: PartKey) -> Path:
         return self.path / f"{LOCK}-{_name(part).replace(' ', '_')}"

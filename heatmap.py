@@ -139,6 +139,8 @@ def explain_fold(
 ) -> pd.DataFrame:
     """Explain a fold's test scans and write their mean map; returns the fold's rows of subjects.csv."""
     rows = cohort.scan_indices(fold, "test")
+    if save_subjects:
+        storage.make_folder(folder / "subjects")
 
     def keep(number: int, values: np.ndarray) -> None:
         if save_subjects:

@@ -79,7 +79,10 @@ def _read_checkpoint(path: Path, needed: int) -> io.BytesIO:
     room = 4 * needed + 2**20  # weights may be stored in float64, and beside other things
     if storage.file_size(path, "checkpoint") > room:
         raise InputError(f"not a PyTorch state dict of this model: larger than {room} bytes")
-    content = io.BytesIO(path.read_bytes())  # from a file, a pickle could ask for a text of any length
+    try:
+        content = io.BytesIO(path.read_bytes())  # from a file, a pickle could ask for a text of any length
+    except OSError as problem:
+        raise InputError(f"cannot be read ({problem.strerror})") from problem
     if content.getvalue().startswith(ZIP):
         with zipfile.ZipFile(content) as archive:
             if sum(entry.file_size for entry in archive.infolist()) > room:

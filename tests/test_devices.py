@@ -262,23 +262,21 @@ FAR = {
 @pytest.mark.parametrize("family", models.FAMILIES)
 def test_training_step_is_that_of_the_layers(place: Place, dtype: torch.dtype, family: str):
     """MPS has no float64, the stand-in no autocast."""
-    edge = models.smallest_edge(family)
-    model, volume = selfcheck.lively_network(f"model{family}2", (edge, edge + 1, edge + 2))
+    model, volume = selfcheck.example_network(f"model{family}2")
     label = torch.tensor([0, 1])
-    exact = selfcheck.plain_gradients(copy.deepcopy(model).double(), volume.double(), label)
+    exact = selfcheck.gradients(copy.deepcopy(model).double(), volume.double(), label)
     if dtype == torch.float64:
         model, volume = model.double(), volume.double()
     autocast = torch.bfloat16 if dtype == torch.bfloat16 else torch.float32
     found = place.do(step(autocast), model, volume, label)
-    assert selfcheck.difference(found, exact, selfcheck.kernels(model)) < FAR[dtype]
+    assert selfcheck.relative_difference(found, exact, selfcheck.kernel_sizes(model)) < FAR[dtype]
 
 
 @over_places
 @pytest.mark.parametrize("method", selfcheck.MAPS)
 def test_maps_in_float32_are_those_of_float64(place: Place, method: str):
     """As commands make them; test_lrp.py, test_ig.py and test_ggc.py hold them against oracles in float64."""
-    edge = models.smallest_edge("B")
-    model, volume = selfcheck.lively_network("modelB2", (edge, edge + 1, edge + 2))
+    model, volume = selfcheck.example_network("modelB2")
     target, explain = torch.tensor([0, 1]), selfcheck.MAPS[method]
     exact = explain(copy.deepcopy(model).double(), volume.double(), target)
     found = place.do(explain, model, volume, target)
@@ -384,7 +382,7 @@ def test_maps_are_described_where_there_is_no_float64(method):
             there.double()
         mean_there, rows_there = explained(copy.deepcopy(model).to(standin.device))
         scans_there, exact = scans.to(standin.device), scans.double()
-        assert selfcheck.measured(lambda: scans_there, exact, CPU)[0] == 0
+        assert selfcheck.measure(lambda: scans_there, exact, CPU)[0] == 0
     # other routines of the same float32 sums
     np.testing.assert_allclose(mean_there, mean, atol=1e-3 * np.abs(mean).max())
     pd.testing.assert_frame_equal(rows_there, rows, rtol=1e-3, atol=1e-3)
@@ -400,16 +398,15 @@ def test_this_cpu_computes_what_it_should():
         ("LRP", "fp32"), ("IG", "fp32"), ("GGC", "fp32"),
         ("training gradients", "fp32"), ("training gradients", "bf16"),
     ]  # fmt: skip
-    assert all(check.right and check.difference > 0 for check in checks)
-    selfcheck.require_right(CPU)
+    assert all(check.passed and check.difference > 0 for check in checks)
+    selfcheck.require_correct(CPU)
 
 
 @pytest.mark.parametrize("width", [2, 4])  # those of the commands' own check and of bench/device.py
 @pytest.mark.parametrize("family", models.FAMILIES)
 def test_no_map_of_the_checks_is_zero(family, width):
     """Their difference would be a division by zero: the device would pass for wrong."""
-    edge = models.smallest_edge(family)
-    model, volume = selfcheck.lively_network(f"model{family}{width}", (edge, edge + 1, edge + 2))
+    model, volume = selfcheck.example_network(f"model{family}{width}")
     for explain in selfcheck.MAPS.values():
         assert (explain(model, volume, torch.tensor([0, 1])).flatten(1).norm(dim=1) > 1e-3).all()
 
@@ -425,7 +422,7 @@ def test_a_convolution_that_lies_is_found(monkeypatch):
 
     monkeypatch.setattr(F, "conv3d", lying)
     with pytest.raises(InputError, match=r"wrong values there \(forward pass off by .*use --device cpu"):
-        selfcheck.require_right(CPU)
+        selfcheck.require_correct(CPU)
 
 
 @pytest.mark.parametrize("work", ["LRP", "IG", "GGC"])
@@ -438,10 +435,10 @@ def test_a_map_that_is_wrong_or_zero_is_found(monkeypatch, work):
 
     monkeypatch.setitem(selfcheck.MAPS, work, wrong)
     with pytest.raises(InputError, match=f"wrong values there .{work} off by 0.2"):
-        selfcheck.require_right(CPU)
+        selfcheck.require_correct(CPU)
     monkeypatch.setitem(selfcheck.MAPS, work, lambda model, volume, target: torch.zeros_like(volume))
     with pytest.raises(InputError, match=f"{work} off by nan"):
-        selfcheck.require_right(CPU)
+        selfcheck.require_correct(CPU)
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
@@ -449,24 +446,28 @@ def test_a_kernel_without_a_gradient_is_found(monkeypatch, precision):
     """However small its share of the whole gradient is; here the last convolution's."""
     right = selfcheck.gradients
 
-    def wrong(model: models.CNN3d, *arguments: Any, **options: Any) -> Tensor:
-        found = right(model, *arguments, **options)
-        sizes = selfcheck.kernels(model)
+    def wrong(model: models.CNN3d, *arguments: Any, dtype: torch.dtype | None = None) -> Tensor:
+        found = right(model, *arguments, dtype)
+        if dtype is None:  # the reference
+            return found
+        sizes = selfcheck.kernel_sizes(model)
         parts = list(found.split([*sizes, len(found) - sum(sizes)]))
         parts[4] = torch.zeros_like(parts[4])
         return torch.cat(parts)
 
     monkeypatch.setattr(selfcheck, "gradients", wrong)
     with pytest.raises(InputError, match=r"wrong values there \(training gradients off by 1[,)]"):
-        selfcheck.require_right(CPU, precision)
+        selfcheck.require_correct(CPU, precision)
 
 
 def test_a_difference_that_is_no_number_is_not_right():
     zero, one = torch.zeros(4), torch.ones(4)
     for found, right, sizes in ((zero, zero, []), (zero * torch.nan, one, [1, 2]), (one, zero, [4])):
-        assert not selfcheck.difference(found, right, sizes) < 1e9
-    assert selfcheck.difference(one, one + torch.tensor([0, 0, 1, 0]), [1, 1]) == pytest.approx(1 / 7**0.5)
-    assert selfcheck.difference(one, one + torch.tensor([0, 0, 1, 0]), [2, 1]) == 0.5
+        assert not selfcheck.relative_difference(found, right, sizes) < 1e9
+    assert selfcheck.relative_difference(one, one + torch.tensor([0, 0, 1, 0]), [1, 1]) == pytest.approx(
+        1 / 7**0.5
+    )
+    assert selfcheck.relative_difference(one, one + torch.tensor([0, 0, 1, 0]), [2, 1]) == 0.5
 
 
 def test_an_operation_that_is_missing_is_one_line(monkeypatch):
@@ -479,13 +480,13 @@ def test_an_operation_that_is_missing_is_one_line(monkeypatch):
 
     monkeypatch.setitem(selfcheck.MAPS, "LRP", missing)
     with pytest.raises(InputError, match=r"cannot run the networks \(The operator .*use --device cpu"):
-        selfcheck.require_right(CPU)
+        selfcheck.require_correct(CPU)
 
 
 def test_mps_is_checked_before_it_is_used_and_warnings_are_said(monkeypatch, capsys):
     checked: list[tuple[torch.device, str]] = []
     monkeypatch.setattr(torch.backends.mps, "is_available", lambda: True)
-    monkeypatch.setattr(selfcheck, "require_right", lambda *what: checked.append(what))
+    monkeypatch.setattr(selfcheck, "require_correct", lambda *what: checked.append(what))
     assert selfcheck.open_device("mps", "bf16") == torch.device("mps")
     assert checked == [(torch.device("mps"), "bf16")]
     monkeypatch.setattr(devices, "known_faults", lambda device, precision: [f"broken in {precision}"])

@@ -28,7 +28,7 @@ def group(folder: Path, version: int, limit: int | str, used: int, cached: int =
     folder.mkdir(parents=True, exist_ok=True)
     word = "inactive_file" if version == 2 else "total_inactive_file"
     contents = [str(limit), str(used), f"anon 1\n{word} {cached}\n"]
-    for name, text in zip([*memory.VERSIONS[version][:2], "memory.stat"], contents, strict=True):
+    for name, text in zip([*memory.CGROUP_FILES[version][:2], "memory.stat"], contents, strict=True):
         (folder / name).write_text(f"{text}\n")
 
 

@@ -108,7 +108,8 @@ def checks(device: torch.device, name: str, precisions: list[str]) -> Iterator[C
     there = model, volume.to(device), target.to(device)
 
     work: list[tuple[str, str, Work, Work]] = []  # name, precision, on the device, the reference
-    work += [(FORWARD, p, partial(logits, dtype=devices.PRECISIONS[p]), logits) for p in precisions]
+    forward = torch.no_grad()(logits)
+    work += [(FORWARD, p, partial(forward, dtype=devices.PRECISIONS[p]), forward) for p in precisions]
     work += [(method, "fp32", explain, explain) for method, explain in MAPS.items()]
     work += [(GRADIENTS, p, partial(gradients, dtype=devices.PRECISIONS[p]), gradients) for p in precisions]
     references: dict[str, Tensor] = {}
@@ -192,7 +193,7 @@ def example_network(name: str) -> tuple[models.CNN3d, Tensor]:
     return model.eval(), volume
 
 
-def _forward(model: models.CNN3d, volume: Tensor, dtype: torch.dtype | None) -> Tensor:
+def logits(model: models.CNN3d, volume: Tensor, label: Tensor, dtype: torch.dtype | None = None) -> Tensor:
     """The logits as the commands compute them, or without a dtype layer by layer, which is the reference."""
     if dtype is None:
         return model.classifier(model.features(volume).flatten(1))
@@ -200,16 +201,10 @@ def _forward(model: models.CNN3d, volume: Tensor, dtype: torch.dtype | None) -> 
         return model(volume).float()
 
 
-@torch.no_grad()
-def logits(model: models.CNN3d, volume: Tensor, label: Tensor, dtype: torch.dtype | None = None) -> Tensor:
-    """The logits (B, 2), see `_forward`."""
-    return _forward(model, volume, dtype)
-
-
 def gradients(model: models.CNN3d, volume: Tensor, label: Tensor, dtype: torch.dtype | None = None) -> Tensor:
-    """The gradients of the `compared_parameters` in a training step, one after the other; see `_forward`."""
+    """The gradients of the `compared_parameters` in a training step, from `logits`."""
     model.train()
-    loss = F.cross_entropy(_forward(model, volume, dtype), label)
+    loss = F.cross_entropy(logits(model, volume, label, dtype), label)
     found = torch.autograd.grad(loss, compared_parameters(model))
     model.eval()
     return torch.cat([gradient.flatten() for gradient in found])

@@ -18,19 +18,9 @@ from internals.errors import InputError, blaming
 
 # what torch.load raises on files that torch.save did not write, or that hold more than tensors
 UNREADABLE = (
-    zipfile.BadZipFile,
-    zlib.error,
-    pickle.UnpicklingError,
-    struct.error,
-    AssertionError,
-    OSError,
-    EOFError,
-    RuntimeError,
-    ValueError,
-    LookupError,
-    TypeError,
-    AttributeError,
-)
+    zipfile.BadZipFile, zlib.error, pickle.UnpicklingError, struct.error, AssertionError, OSError, EOFError,
+    RuntimeError, ValueError, LookupError, TypeError, AttributeError,
+)  # fmt: skip
 ZIP_MAGIC = b"PK\3\4"
 FLOATS = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
 INTEGERS = (torch.int64, torch.int32)

@@ -25,9 +25,8 @@ def test_a_device_that_is_right(capsys):
     assert [row[1] for row in rows] == ["forward", "forward", "LRP", "IG", "GGC", "training", "training"]
     assert [row[-5] for row in rows] == ["fp32", "bf16", *["fp32"] * 4, "bf16"]
     assert lines[-1] == "all rows are right"
-    training = [
-        line for line in lines if line.startswith("training, modelB1, 4 of 4 scans of 97x115x97 a step")
-    ]
+    begin = "training, modelB1, 4 of 4 scans of 97x115x97 a step"
+    training = [line for line in lines if line.startswith(begin)]
     assert [line.split("--cache ")[1].split(":")[0] for line in training] == ["auto", "ram"]
     assert all(float(re.search(r"([0-9.]+)% of it waiting", line)[1]) <= 100 for line in training)
     assert lines[0].startswith("name cpu, ")

@@ -3,6 +3,7 @@
 import copy
 import itertools
 from collections.abc import Callable, Iterator
+from functools import partial
 from types import SimpleNamespace
 from typing import Any
 
@@ -46,35 +47,40 @@ def test_auto_is_never_mps(monkeypatch):
     assert devices.resolve_device("mps") == torch.device("mps")
 
 
-@pytest.mark.parametrize(("name", "index"), [("auto", 0), ("cuda", 0), ("0", 0), ("1", 1), ("cuda:1", 1)])
-def test_a_gpu_becomes_the_current_device(monkeypatch, name, index):
-    """Else pinned memory and whatever names no device would go to the first GPU."""
-    current: list[torch.device] = []
+@pytest.fixture
+def current(monkeypatch) -> list[torch.device]:
+    """Two GPUs, as far as PyTorch tells; which became the current one, and where a tensor was made."""
+    used: list[torch.device] = []
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
-    monkeypatch.setattr(torch.cuda, "set_device", current.append)
-    monkeypatch.setattr(torch, "zeros", lambda *_, device: current.append(device))
+    monkeypatch.setattr(torch.cuda, "set_device", used.append)
+    monkeypatch.setattr(torch, "zeros", lambda *_, device: used.append(device))
+    return used
+
+
+@pytest.mark.parametrize(("name", "index"), [("auto", 0), ("cuda", 0), ("0", 0), ("1", 1), ("cuda:1", 1)])
+def test_a_gpu_becomes_the_current_device(current, name, index):
+    """Else pinned memory and whatever names no device would go to the first GPU."""
     assert devices.resolve_device(name) == torch.device("cuda", index)
     assert current == [torch.device("cuda", index)] * 2  # and it is tried
 
 
+@pytest.mark.usefixtures("current")
 def test_a_gpu_that_cannot_be_used_is_one_line(monkeypatch):
     """In PyTorch's words, as where another process has it for itself."""
 
     def busy(_: torch.device) -> None:
         raise RuntimeError("CUDA error: CUDA-capable device(s) is/are busy or unavailable")
 
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
     monkeypatch.setattr(torch.cuda, "set_device", busy)
     with pytest.raises(InputError, match=r"^--device 0: cannot be used \(.*busy or unavailable\)$"):
         devices.resolve_device("0")
 
 
+@pytest.mark.usefixtures("current")
 def test_a_gpu_without_a_driver_is_not_there(monkeypatch):
     """PyTorch counts such cards, but cannot use them."""
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
     assert devices.resolve_device("auto") == CPU
 
 
@@ -82,14 +88,13 @@ def test_a_gpu_without_a_driver_is_not_there(monkeypatch):
 BEYOND = str(torch.cuda.device_count())
 
 
-@pytest.mark.parametrize(
-    "name",
-    [BEYOND, f"cuda:{BEYOND}", "99", "cuda:99", "tpu", "gpu", "meta", "xpu", "-1", "cuda:x", "", "1.0"],
-)
+NAMES = (BEYOND, f"cuda:{BEYOND}", "99", "cuda:99", "tpu", "gpu", "meta", "xpu", "-1", "cuda:x", "", "1.0")
+
+
+@pytest.mark.parametrize("name", NAMES)
 def test_devices_that_are_not(name):
-    with pytest.raises(InputError) as error:
+    with pytest.raises(InputError, match=f"^--device {name}:"):
         devices.resolve_device(name)
-    assert f"--device {name}:" in str(error.value)
 
 
 # Precision ---------------------------------------------------------------------------------------
@@ -232,15 +237,6 @@ def test_forward_pass_is_that_of_the_layers(place: Place, case: Case):
             assert difference(found, expected) < CLOSE[dtype]
 
 
-def step(dtype: torch.dtype):
-    """The gradients of a training step in some precision, as a function of model, volume and label."""
-
-    def gradients(model: models.CNN3d, volume: Tensor, label: Tensor) -> Tensor:
-        return selfcheck.gradients(model, volume, label, dtype)
-
-    return gradients
-
-
 # The self-check's bounds, but in float32: on a CPU PyTorch's BatchNorm loses digits where channels lie last.
 # The loss is a float32 number in any case, and so is its gradient.
 FAR = {
@@ -268,7 +264,7 @@ def test_training_step_is_that_of_the_layers(place: Place, dtype: torch.dtype, f
     if dtype == torch.float64:
         model, volume = model.double(), volume.double()
     autocast = torch.bfloat16 if dtype == torch.bfloat16 else torch.float32
-    found = place.do(step(autocast), model, volume, label)
+    found = place.do(partial(selfcheck.gradients, dtype=autocast), model, volume, label)
     assert selfcheck.relative_difference(found, exact, selfcheck.kernel_sizes(model)) < FAR[dtype]
 
 
@@ -393,11 +389,9 @@ def test_maps_are_described_where_there_is_no_float64(method):
 
 def test_this_cpu_computes_what_it_should():
     checks = list(selfcheck.checks(CPU, "modelB2", ["fp32", "bf16"]))
-    assert [(check.work, check.precision) for check in checks] == [
-        ("forward pass", "fp32"), ("forward pass", "bf16"),
-        ("LRP", "fp32"), ("IG", "fp32"), ("GGC", "fp32"),
-        ("training gradients", "fp32"), ("training gradients", "bf16"),
-    ]  # fmt: skip
+    maps = [(method, "fp32") for method in ("LRP", "IG", "GGC")]
+    forward, gradients = ([(w, p) for p in ("fp32", "bf16")] for w in ("forward pass", "training gradients"))
+    assert [(check.work, check.precision) for check in checks] == [*forward, *maps, *gradients]
     assert all(check.passed and check.difference > 0 for check in checks)
     selfcheck.require_correct(CPU)
 
@@ -461,13 +455,12 @@ def test_a_kernel_without_a_gradient_is_found(monkeypatch, precision):
 
 
 def test_a_difference_that_is_no_number_is_not_right():
-    zero, one = torch.zeros(4), torch.ones(4)
-    for found, right, sizes in ((zero, zero, []), (zero * torch.nan, one, [1, 2]), (one, zero, [4])):
-        assert not selfcheck.relative_difference(found, right, sizes) < 1e9
-    assert selfcheck.relative_difference(one, one + torch.tensor([0, 0, 1, 0]), [1, 1]) == pytest.approx(
-        1 / 7**0.5
-    )
-    assert selfcheck.relative_difference(one, one + torch.tensor([0, 0, 1, 0]), [2, 1]) == 0.5
+    zero, one, found = torch.zeros(4), torch.ones(4), selfcheck.relative_difference
+    for values, reference, sizes in ((zero, zero, []), (zero * torch.nan, one, [1, 2]), (one, zero, [4])):
+        assert not found(values, reference, sizes) < 1e9
+    other = one + torch.tensor([0, 0, 1, 0])
+    assert found(one, other, [1, 1]) == pytest.approx(1 / 7**0.5)
+    assert found(one, other, [2, 1]) == 0.5
 
 
 def test_an_operation_that_is_missing_is_one_line(monkeypatch):
@@ -496,10 +489,10 @@ def test_mps_is_checked_before_it_is_used_and_warnings_are_said(monkeypatch, cap
 
 
 def test_synchronise_waits_for_a_gpu(monkeypatch):
-    waited: list[str] = []
-    module = SimpleNamespace(synchronize=lambda: waited.append("mps"))
+    waited: list[torch.device] = []
+    module = SimpleNamespace(synchronize=lambda: waited.append(GPU))
     monkeypatch.setattr(torch, "get_device_module", lambda device: module)
     selfcheck.synchronise(CPU)
     assert waited == []
-    selfcheck.synchronise(torch.device("mps"))
-    assert waited == ["mps"]
+    selfcheck.synchronise(GPU)
+    assert waited == [GPU]

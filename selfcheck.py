@@ -34,8 +34,6 @@ TOLERANCES = {
     (GRADIENTS, "tf32"): 0.4,
     (GRADIENTS, "bf16"): 0.9,
 }
-# of a network, scans, and their labels or targets
-Work = Callable[[models.CNN3d, Tensor, Tensor], Tensor]
 
 
 class Check(NamedTuple):
@@ -107,24 +105,22 @@ def checks(device: torch.device, name: str, precisions: list[str]) -> Iterator[C
     model = model.to(device).to(memory_format=devices.memory_format(device))  # type: ignore[call-overload]
     there = model, volume.to(device), target.to(device)
 
-    work: list[tuple[str, str, Work, Work]] = []  # name, precision, on the device, the reference
-    forward = torch.no_grad()(logits)
-    work += [(FORWARD, p, partial(forward, dtype=devices.PRECISIONS[p]), forward) for p in precisions]
-    work += [(method, "fp32", explain, explain) for method, explain in MAPS.items()]
-    work += [(GRADIENTS, p, partial(gradients, dtype=devices.PRECISIONS[p]), gradients) for p in precisions]
-    references: dict[str, Tensor] = {}
-    for kind, precision, do, reference in work:
-        devices.set_precision(device, precision)
-        tolerance = TOLERANCES["maps" if kind in MAPS else kind, precision]
-        if kind not in references:
-            references[kind] = reference(*exact)
-        problem, found = "", (math.nan, math.nan, 0)
-        try:
-            sizes = kernel_sizes(model) if kind == GRADIENTS else []
-            found = measure(partial(do, *there), references[kind], device, sizes)
-        except (RuntimeError, TypeError) as error:  # no such operation or type there, or too little memory
-            problem = str(error)
-        yield Check(name, kind, precision, tolerance, *found, problem)
+    pieces: list[tuple[str, Callable[..., Tensor], list[str]]]
+    pieces = [(method, explain, ["fp32"]) for method, explain in MAPS.items()]
+    pieces = [(FORWARD, torch.no_grad()(logits), precisions), *pieces, (GRADIENTS, gradients, precisions)]
+    for kind, work, tried in pieces:
+        reference = work(*exact)
+        sizes = kernel_sizes(model) if kind == GRADIENTS else []
+        for precision in tried:
+            devices.set_precision(device, precision)
+            options = {} if kind in MAPS else {"dtype": devices.PRECISIONS[precision]}
+            problem, found = "", (math.nan, math.nan, 0)
+            try:
+                found = measure(partial(work, *there, **options), reference, device, sizes)
+            except (RuntimeError, TypeError) as error:  # no such operation or type, or too little memory
+                problem = str(error)
+            tolerance = TOLERANCES["maps" if kind in MAPS else kind, precision]
+            yield Check(name, kind, precision, tolerance, *found, problem)
     devices.set_precision(device, "fp32")
 
 

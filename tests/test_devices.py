@@ -2,7 +2,7 @@
 
 import copy
 import itertools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from functools import partial
 from types import SimpleNamespace
 from typing import Any
@@ -12,7 +12,7 @@ import pandas as pd
 import pytest
 import torch
 import torch.nn.functional as F
-from networks import CASES, Case, difference, over_cases, random_network, random_volume
+from networks import CASES, Case, difference, example, over_cases, random_network, random_volume
 from places import PLACES, Place, over_places
 from standin import StandIn
 from torch import Tensor
@@ -100,23 +100,14 @@ def test_devices_that_are_not(name):
 # Precision ---------------------------------------------------------------------------------------
 
 
-@pytest.fixture
-def _ampere(monkeypatch) -> Iterator[None]:
-    """A GPU with TF32 and bfloat16, as far as PyTorch tells; the flags of float32 as they were afterwards."""
+@pytest.mark.parametrize(("precision", "tf32"), [("fp32", False), ("bf16", False), ("tf32", True)])
+def test_float32_is_float32_unless_tf32_is_asked_for(monkeypatch, precision, tf32):
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 0))
     monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda emulated: True)
-    before = torch.backends.cudnn.allow_tf32, torch.backends.cuda.matmul.allow_tf32
-    torch.backends.cudnn.allow_tf32, torch.backends.cuda.matmul.allow_tf32 = True, True
-    yield
-    torch.backends.cudnn.allow_tf32, torch.backends.cuda.matmul.allow_tf32 = before
-
-
-@pytest.mark.usefixtures("_ampere")
-@pytest.mark.parametrize(("precision", "tf32"), [("fp32", False), ("bf16", False), ("tf32", True)])
-def test_float32_is_float32_unless_tf32_is_asked_for(precision, tf32):
+    for library in (torch.backends.cudnn, torch.backends.cuda.matmul):
+        monkeypatch.setattr(library, "allow_tf32", not tf32)
     devices.set_precision(GPU, precision)
-    assert torch.backends.cudnn.allow_tf32 == tf32
-    assert torch.backends.cuda.matmul.allow_tf32 == tf32
+    assert torch.backends.cudnn.allow_tf32 == torch.backends.cuda.matmul.allow_tf32 == tf32
 
 
 def test_precisions_that_a_device_lacks(monkeypatch):
@@ -229,7 +220,7 @@ CLOSE = {torch.float64: 1e-10, torch.float32: 1e-4}
 @over_places
 @over_cases
 def test_forward_pass_is_that_of_the_layers(place: Place, case: Case):
-    model, volume = random_network(case), random_volume(case, 2)
+    model, volume, _ = example(case)
     with torch.no_grad():
         expected = model.classifier(model.features(volume).flatten(1))
         for dtype in (torch.float64, torch.float32):
@@ -419,19 +410,29 @@ def test_a_convolution_that_lies_is_found(monkeypatch):
         selfcheck.require_correct(CPU)
 
 
-@pytest.mark.parametrize("work", ["LRP", "IG", "GGC"])
-def test_a_map_that_is_wrong_or_zero_is_found(monkeypatch, work):
+def missing(found: Tensor) -> Tensor:
+    raise NotImplementedError("The operator 'aten::max_pool3d_with_indices' is not implemented for MPS")
+
+
+@pytest.mark.parametrize("work", selfcheck.MAPS)
+@pytest.mark.parametrize(
+    ("change", "dtypes", "message"),
+    [
+        (lambda found: found * 1.2, [torch.float32], "wrong values there .{} off by 0.2"),
+        (torch.zeros_like, [torch.float32, torch.float64], "wrong values there .{} off by nan"),
+        (missing, [torch.float32], r"cannot run the networks \(The operator .*use --device cpu"),
+    ],
+    ids=["wrong", "zero", "missing"],
+)
+def test_a_map_that_is_wrong_zero_or_missing_is_found(monkeypatch, work, change, dtypes, message):
     right = selfcheck.MAPS[work]
 
-    def wrong(model: models.CNN3d, volume: Tensor, target: Tensor) -> Tensor:
+    def changed(model: models.CNN3d, volume: Tensor, target: Tensor) -> Tensor:
         found = right(model, volume, target)
-        return found * 1.2 if volume.dtype == torch.float32 else found
+        return change(found) if volume.dtype in dtypes else found
 
-    monkeypatch.setitem(selfcheck.MAPS, work, wrong)
-    with pytest.raises(InputError, match=f"wrong values there .{work} off by 0.2"):
-        selfcheck.require_correct(CPU)
-    monkeypatch.setitem(selfcheck.MAPS, work, lambda model, volume, target: torch.zeros_like(volume))
-    with pytest.raises(InputError, match=f"{work} off by nan"):
+    monkeypatch.setitem(selfcheck.MAPS, work, changed)
+    with pytest.raises(InputError, match=message.format(work)):
         selfcheck.require_correct(CPU)
 
 
@@ -461,19 +462,6 @@ def test_a_difference_that_is_no_number_is_not_right():
     other = one + torch.tensor([0, 0, 1, 0])
     assert found(one, other, [1, 1]) == pytest.approx(1 / 7**0.5)
     assert found(one, other, [2, 1]) == 0.5
-
-
-def test_an_operation_that_is_missing_is_one_line(monkeypatch):
-    right = selfcheck.MAPS["LRP"]
-
-    def missing(model: models.CNN3d, volume: Tensor, target: Tensor) -> Tensor:
-        if volume.dtype == torch.float64:
-            return right(model, volume, target)
-        raise NotImplementedError("The operator 'aten::max_pool3d_with_indices' is not implemented for MPS")
-
-    monkeypatch.setitem(selfcheck.MAPS, "LRP", missing)
-    with pytest.raises(InputError, match=r"cannot run the networks \(The operator .*use --device cpu"):
-        selfcheck.require_correct(CPU)
 
 
 def test_mps_is_checked_before_it_is_used_and_warnings_are_said(monkeypatch, capsys):

@@ -122,4 +122,4 @@ def _on_device(loader: Loader, model: CNN3d) -> Iterator[tuple[Tensor, Tensor]]:
     """The batches of a loader, where the network is."""
     device = next(model.parameters()).device
     for volume, label in loader:
-        yield devices.move(volume, device), devices.move(label, device)
+        yield devices.to_device(volume, device), devices.to_device(label, device)

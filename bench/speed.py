@@ -45,9 +45,10 @@ import lrp
 import models
 import selfcheck
 import simulate
-import train_cv
+import training
 import utils
-from internals import checkpoints, devices, process
+from internals import checkpoints, process
+from internals.caches import Cache
 
 TARGETS = {  # work: at least so many times faster, at most this share of the memory, on a CPU
     "IG, 100 steps": (10, 0.6),
@@ -98,12 +99,11 @@ def train(work: str, side: str, model: models.CNN3d, volume: Tensor, steps: int)
         for _ in range(steps):
             references.training_step(model, optimiser, volume, label, dtype)
     else:
-        model.to(memory_format=devices.memory_format(volume.device))  # type: ignore[call-overload]
-        optimiser = torch.optim.Adam(model.parameters(), lr=1e-4)
+        state = training.new_state(model, 1e-4, 0, volume.device)
         # a generator of its own, so that both sides draw the same dropout
         loader = DataLoader(TensorDataset(volume, label), generator=torch.Generator())
         for _ in range(steps):
-            train_cv.train_epoch(model, loader, optimiser, devices.PRECISIONS[work.split()[-1]], work)
+            training.train_epoch(state, loader, work.split()[-1], work)
     gradient = model.blocks()[0].conv.weight.grad
     assert gradient is not None
     return gradient
@@ -245,9 +245,8 @@ def compare(
 
 def compare_reading(cohort: Path) -> Iterator[dict[str, float | str]]:
     """nibabel's get_fdata and scaling against the caches, which hand out scans that lie ready."""
-    table = dataset.read_csv(cohort / "data.csv")
-    grid = dataset.check_grid(table)
-    row = next(iter(table.index))
+    known = dataset.new_cohort(cohort / "data.csv", 2, "contiguous", 0, 0)
+    row, file = 0, known.table["file"][0]
 
     def seconds(read: Callable[[], Any]) -> float:
         read()
@@ -256,11 +255,11 @@ def compare_reading(cohort: Path) -> Iterator[dict[str, float | str]]:
             read()
         return (time.perf_counter() - begin) / READS
 
-    there = references.read_scan(table["file"][row])
+    there = references.read_scan(file)
     for work, cache in READING.items():
-        scans = dataset.open_scans(table, grid, cache, cohort / "cache", workers=1)
+        scans = known.open_scans(Cache(cache, cohort / "cache"), threads=1)
         look = np.mean if "looked at" in work else np.asarray
-        reference = seconds(lambda look=look: look(references.read_scan(table["file"][row])))  # type: ignore[misc]
+        reference = seconds(lambda look=look: look(references.read_scan(file)))  # type: ignore[misc]
         ours = seconds(lambda look=look, scans=scans: look(scans[row][0].numpy()))  # type: ignore[misc]
         here = scans[row][0].numpy()[0]
         yield {

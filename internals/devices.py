@@ -14,8 +14,8 @@ from internals.errors import InputError
 
 # of the forward and backward pass; tf32 is float32 whose factors CUDA's tensor cores round to 10 bits
 PRECISIONS = {"fp32": torch.float32, "tf32": torch.float32, "bf16": torch.bfloat16}
-MOST_VALUES = 2**31 - 1  # of one tensor: beyond, cuDNN's BatchNorm and PyTorch's pooling count wrongly
-LARGEST_CHUNK = 2**29  # values worked on at once, however much memory there is
+MAX_TENSOR_VALUES = 2**31 - 1  # of one tensor: beyond, cuDNN's BatchNorm and PyTorch's pooling count wrongly
+MAX_CHUNK_VALUES = 2**29  # values computed at once, however much memory there is
 
 
 # Choosing and setting up -------------------------------------------------------------------------
@@ -50,26 +50,26 @@ def resolve_device(name: str) -> torch.device:
         way_out = ", numbered from 0" if there else "; use --device cpu"
         raise InputError(f"--device {name}: this machine has {number}{way_out}")
     try:
-        adopt(device)
+        make_current(device)
         torch.zeros(1, device=device)
     except RuntimeError as problem:  # taken by another process, or too old or new for this PyTorch
         raise InputError(f"--device {name}: cannot be used ({problem})") from problem
     return device
 
 
-def adopt(device: torch.device) -> None:
-    """Make a GPU the calling thread's own: what names no device, such as pinned memory, goes to the first."""
+def make_current(device: torch.device) -> None:
+    """Make a CUDA device the calling thread's current one, which pinned memory, for one, belongs to."""
     if device.type == "cuda":
         torch.cuda.set_device(device)
 
 
-def move(values: Tensor, device: torch.device) -> Tensor:
-    """A batch on a device; to CUDA from pinned memory without waiting, elsewhere that has lost values."""
+def to_device(values: Tensor, device: torch.device) -> Tensor:
+    """A batch on a device. Only copies to CUDA do not wait: on MPS, such copies have lost values."""
     return values.to(device, non_blocking=device.type == "cuda")
 
 
-def mark(device: torch.device) -> Callable[[], None]:
-    """What waits until a GPU of CUDA has done all that it was given so far; elsewhere nothing."""
+def record_event(device: torch.device) -> Callable[[], None]:
+    """A function that waits until a CUDA device has done all it was given so far; elsewhere a no-op."""
     if device.type != "cuda":
         return lambda: None
     event = torch.cuda.Event()
@@ -95,14 +95,14 @@ def set_precision(device: torch.device, precision: str) -> None:
 def describe(device: torch.device) -> dict[str, str]:
     """What the numbers depend on: the device's name, and on CUDA its version and cuDNN's."""
     if device.type == "cuda":
-        cuda, cudnn = str(torch.version.cuda), _dotted(torch.backends.cudnn.version() or 0)
+        cuda, cudnn = str(torch.version.cuda), _cudnn_release(torch.backends.cudnn.version() or 0)
         return {"name": torch.cuda.get_device_name(device), "cuda": cuda, "cudnn": cudnn}
     if device.type == "mps":
         return {"name": f"mps, macOS {platform.mac_ver()[0]}"}
     return {"name": f"cpu, {torch.backends.cpu.get_cpu_capability()}"}
 
 
-def _dotted(version: int) -> str:
+def _cudnn_release(version: int) -> str:
     """cuDNN's version number, 91002 (8907 before 9), as people write it: 9.10.2."""
     major, rest = divmod(version, 10_000 if version >= 10_000 else 1000)
     return f"{major}.{rest // 100}.{rest % 100}"
@@ -194,25 +194,24 @@ def values_at_once(device: torch.device, on_cpu: int) -> int:
     if device.type != "cuda":
         return on_cpu
     fitting = 2 ** int(log2(max(free_memory(device) // (32 * 4), 1)))
-    return min(fitting, LARGEST_CHUNK)
+    return min(fitting, MAX_CHUNK_VALUES)
 
 
-def check_batch(batch: int, per_scan: int, device: torch.device) -> int:
-    """Check that a GPU's libraries can count what a batch makes of its scans.
+def training_memory(batch: int, per_scan: int) -> int:
+    """About how many bytes a training step takes at its height: five of the largest layer's outputs."""
+    return 5 * 4 * batch * per_scan
+
+
+def check_batch(batch: int, per_scan: int, device: torch.device) -> None:
+    """Raise InputError where a GPU's tensors would have more values than can be counted there.
 
     Args:
         batch: scans at once.
         per_scan: values of the largest layer's output for one scan.
-
-    Returns:
-        About how many bytes a training step takes at its height: five of the largest layer's outputs.
-
-    Raises:
-        InputError: they cannot; with the largest batch that works.
     """
-    if device.type == "cpu" or batch * per_scan <= MOST_VALUES:
-        return 5 * 4 * batch * per_scan
-    largest = MOST_VALUES // per_scan
+    if device.type == "cpu" or batch * per_scan <= MAX_TENSOR_VALUES:
+        return
+    largest = MAX_TENSOR_VALUES // per_scan
     way_out = f"the largest batch that works is {largest}" if largest else "no batch works; use --device cpu"
     raise InputError(
         f"--batch {batch}: a layer's output has {batch * per_scan} values, more than 2^31 - 1, which a GPU's "

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import nibabel as nib
 import numpy as np
+import pandas as pd
 import torch
 
 import dataset
@@ -91,6 +92,14 @@ def read_nifti(path: Path) -> nib.Nifti1Image:
 def read_values(path: Path) -> np.ndarray:
     """Voxels of a NIfTI file as float64, scaled as its header says."""
     return np.asarray(read_nifti(path).dataobj, dtype=np.float64)
+
+
+def read_table(path: Path) -> pd.DataFrame:
+    """A CSV as it stands: "NA" is a subject, "007" is not 7; numbers are numbers, blanks NaN."""
+    table = pd.read_csv(path, dtype=str, keep_default_na=False)
+    for column in table.columns.difference(["path", "subject", "role"]):
+        table[column] = pd.to_numeric(table[column])
+    return table
 
 
 def load_network(checkpoint: Path) -> models.CNN3d:

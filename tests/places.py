@@ -42,7 +42,7 @@ class Place(NamedTuple):
             return
         with pytest.MonkeyPatch.context() as patch, StandIn("cuda") as standin:
             patch.setattr(devices, "free_memory", lambda device: 2**20)
-            patch.setattr(devices, "mark", lambda device: lambda: None)
+            patch.setattr(devices, "record_event", lambda device: lambda: None)
             devices.values_at_once.cache_clear()
             yield standin.device
         devices.values_at_once.cache_clear()

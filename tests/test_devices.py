@@ -341,7 +341,7 @@ def test_a_loss_is_waited_for_one_step_late(monkeypatch):
         events.append(f"step {number}")
         return lambda: events.append(f"wait {number}")
 
-    monkeypatch.setattr(devices, "mark", mark)
+    monkeypatch.setattr(devices, "record_event", mark)
     model = random_network(CASES["one block"]).float()
     scans = random_volume(CASES["one block"], 3).float()
     loader = DataLoader(TensorDataset(scans, torch.tensor([1, 0, 1])), 1)
@@ -360,7 +360,7 @@ def test_only_cuda_copies_without_waiting(monkeypatch):
             copies.append((device, non_blocking))
 
     for device in (CPU, GPU, torch.device("mps")):
-        devices.move(Scan(), device)  # type: ignore[arg-type]
+        devices.to_device(Scan(), device)  # type: ignore[arg-type]
     assert copies == [(CPU, False), (GPU, True), (torch.device("mps"), False)]
 
 

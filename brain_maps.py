@@ -47,7 +47,7 @@ class MethodMaps:
 
     @property
     def name(self) -> str:
-        """Of the METHOD."""
+        """The METHOD's name."""
         return self.folder.name
 
     @property

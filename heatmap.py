@@ -12,6 +12,7 @@ import argparse
 import re
 import sys
 from collections.abc import Callable
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -34,9 +35,9 @@ from explaining import TARGETS, Explainer
 from internals import devices, nifti, process, storage, tables
 from internals.caches import Cache
 from internals.errors import InputError, blaming
-from internals.loading import Loader
 from internals.results import Files, ResultFolder
-from methods import METHODS
+from methods import METHODS, Method
+from models import CNN3d
 
 FILES = Files(
     record="map.json",
@@ -120,37 +121,68 @@ def training_controls(cohort: Cohort, fold: int) -> list[int]:
     return [row for row in cohort.scan_indices(fold, "train") if cohort.table["label"][row] == 0]
 
 
-# One fold ----------------------------------------------------------------------------------------
+# The maps ----------------------------------------------------------------------------------------
 
 
-def load_baseline(
-    kind: str, cohort: Cohort, scans: ScanDataset, fold: int, folder: Path, device: torch.device
-) -> Tensor | None:
-    """What a fold's scans are compared with, (1, 1, X, Y, Z), which is written, too; None for all zeros."""
-    if kind == "zero":
-        return None
-    mean = scans.mean(training_controls(cohort, fold))
-    nifti.save_map(mean, cohort.grid.header, folder / f"baseline_f{fold}.nii.gz")
-    return torch.from_numpy(mean).to(device)[None, None]
+@dataclass(frozen=True)
+class FoldMaps:
+    """What is written of every fold, and of all.
 
+    Attributes:
+        method: how the networks are explained.
+        options: as `map_options` returns them.
+        batch: scans explained at once.
+        folder: where the maps go.
+    """
 
-def explain_fold(
-    explainer: Explainer, loader: Loader, cohort: Cohort, fold: int, folder: Path, save_subjects: bool
-) -> pd.DataFrame:
-    """Explain a fold's test scans and write their mean map; returns the fold's rows of subjects.csv."""
-    rows = cohort.scan_indices(fold, "test")
-    if save_subjects:
-        storage.make_folder(folder / "subjects")
+    method: Method
+    options: dict[str, Any]
+    cohort: Cohort
+    scans: ScanDataset
+    batch: int
+    folder: Path
 
-    def keep(number: int, values: np.ndarray) -> None:
-        if save_subjects:
-            file = subject_file(folder, fold, rows[number], cohort.table["path"][rows[number]])
-            nifti.save_map(values, cohort.grid.header, file)
+    def explain(self, fold: int, model: CNN3d) -> pd.DataFrame:
+        """Explain a fold's test scans, write their mean map; returns the fold's rows of subjects.csv."""
+        rows, device = self.cohort.scan_indices(fold, "test"), next(model.parameters()).device
+        loader = self.scans.loader(rows, self.batch, device=device)
+        baseline, own = self.load_baseline(fold, device), self.method.chosen(self.options)
+        explainer = Explainer(model, self.method, own, baseline, self.options["target"])
+        if self.options["save_subjects"]:
+            storage.make_folder(self.folder / "subjects")
 
-    mean, found = explaining.explain_scans(explainer, loader, keep, f"{folder.name} fold {fold}")
-    nifti.save_map(mean, cohort.grid.header, folder / f"map_f{fold}.nii.gz")
-    known = cohort.table.loc[rows, dataset.COLUMNS].reset_index(drop=True).assign(fold=fold)
-    return pd.concat([known, found], axis=1)[SUBJECT_COLUMNS]
+        def keep(number: int, values: np.ndarray) -> None:
+            if self.options["save_subjects"]:
+                path = self.cohort.table["path"][rows[number]]
+                self._save(values, subject_file(self.folder, fold, rows[number], path))
+
+        mean, found = explaining.explain_scans(explainer, loader, keep, f"{self.folder.name} fold {fold}")
+        self._save(mean, self.folder / f"map_f{fold}.nii.gz")
+        known = self.cohort.table.loc[rows, dataset.COLUMNS].reset_index(drop=True).assign(fold=fold)
+        return pd.concat([known, found], axis=1)[SUBJECT_COLUMNS]
+
+    def load_baseline(self, fold: int, device: torch.device) -> Tensor | None:
+        """What scans are compared with, (1, 1, X, Y, Z), which is written, too; None for all zeros."""
+        if self.options.get("baseline", "zero") == "zero":
+            return None
+        mean = self.scans.mean(training_controls(self.cohort, fold))
+        self._save(mean, self.folder / f"baseline_f{fold}.nii.gz")
+        return torch.from_numpy(mean).to(device)[None, None]
+
+    def average(self, model: str) -> None:
+        """Write the mean of the fold means, the mean scan, and the picture of one over the other."""
+        cohort, k = self.cohort, self.cohort.k
+        mean = np.zeros(cohort.grid.shape)
+        for fold in range(k):
+            mean += nifti.load_map(self.folder / f"map_f{fold}.nii.gz") / k
+        self._save(mean, self.folder / "map_all.nii.gz")
+        background = self.scans.mean(range(len(self.scans)))
+        self._save(background, self.folder / "mean_scan.nii.gz")
+        title = f"{self.folder.name}, {model}: mean of {k} folds, {len(cohort.table)} test scans"
+        figures.draw_map(mean, background, cohort.grid.affine, title, self.folder / "map_all.png")
+
+    def _save(self, values: np.ndarray, file: Path) -> None:
+        nifti.save_map(values, self.cohort.grid.header, file)
 
 
 def subject_file(folder: Path, fold: int, row: int, path: str) -> Path:
@@ -211,18 +243,14 @@ def _subject(row: list[str]) -> list[Any]:
     return [*known, prob_target, total, residual, int(zero)]
 
 
-# All folds ---------------------------------------------------------------------------------------
-
-
-def average_folds(folder: Path, cohort: Cohort, scans: ScanDataset, title: str) -> None:
-    """Write the mean of the fold means, the mean scan, and the picture of one over the other."""
-    mean = np.zeros(cohort.grid.shape)
-    for fold in range(cohort.k):
-        mean += nifti.load_map(folder / f"map_f{fold}.nii.gz") / cohort.k
-    nifti.save_map(mean, cohort.grid.header, folder / "map_all.nii.gz")
-    background = scans.mean(range(len(scans)))
-    nifti.save_map(background, cohort.grid.header, folder / "mean_scan.nii.gz")
-    figures.draw_map(mean, background, cohort.grid.affine, title, folder / "map_all.png")
+def facts(rows: pd.DataFrame, device: torch.device) -> dict[str, Any]:
+    """What map.json says of a finished fold, beside its weights."""
+    zero = int(rows["zero"].sum())
+    return {
+        "scans_per_fold": len(rows),
+        "zero_maps_per_fold": zero,
+        "device_per_fold": devices.describe(device),
+    }
 
 
 def report(results: ResultFolder) -> None:
@@ -246,47 +274,36 @@ def main(argv: list[str] | None = None) -> int:
     args = get_parser().parse_args(argv)
     process.keep_freed_memory()
     device = selfcheck.open_device(args.device)
-    method, options = METHODS[args.method], map_options(args.method, vars(args))
+    options = map_options(args.method, vars(args))
     run = runs.find_run(args.modelpath, args.path, args.model, args.fold)
     cohort, networks = run.cohort, NETWORKS[args.weights](run, args.seed)
-    folds, chosen = range(cohort.k), utils.choose_folds(args.run_folds, cohort.k)
+    chosen = utils.choose_folds(args.run_folds, cohort.k)
     networks.check(chosen)
     devices.check_batch(args.batch, models.largest_output(run.model, cohort.grid.shape), device)
     check_baseline(args.baseline, cohort, chosen)
-    name = folder_name(args.method, options)
     identity = {"method": args.method, "options": options, "model": run.model, "folds": cohort.k}
-    weights = {fold: {"weights_sha256": networks.digest(fold)} for fold in folds}
-    only = chosen if args.run_folds else None
-    results = ResultFolder(
-        args.outpath / name, FILES, folds, identity | cohort.identity, weights, only, args.overwrite
-    )
-    if results.check(partial(check_subjects, results.path)):
-        read_subjects(results.path)  # though no fold is finished
+    identity |= cohort.identity
+    made_from = {fold: {"weights_sha256": networks.digest(fold)} for fold in range(cohort.k)}
+    folder, only = args.outpath / folder_name(args.method, options), args.run_folds and chosen
+    results = ResultFolder(folder, FILES, range(cohort.k), identity, made_from, only, args.overwrite)
+    if results.check(partial(check_subjects, folder)):
+        read_subjects(folder)  # though no fold is finished
 
     about = {"csv": str(cohort.csv), "modelpath": str(run.folder.resolve()), **networks.about()}
     work = devices.describe_batch(args.batch, cohort.grid.shape, run.model, device)
     with process.out_of_memory(work, "lower --batch"):
         scans = cohort.open_scans(Cache("reuse", args.modelpath / "cache"))
+        maps = FoldMaps(METHODS[args.method], options, cohort, scans, args.batch, folder)
         with results.at_work(about) as missing:
             utils.say_kept(chosen, missing)
-            if args.save_subjects:
-                storage.make_folder(results.path / "subjects")
             update_subjects(results, missing)
             for fold in missing:
-                model = networks.load(fold, scans, device)
-                baseline = load_baseline(args.baseline, cohort, scans, fold, results.path, device)
-                explainer = Explainer(model, method, method.chosen(options), baseline, args.target)
-                loader = scans.loader(cohort.scan_indices(fold, "test"), args.batch, device=device)
-                rows = explain_fold(explainer, loader, cohort, fold, results.path, args.save_subjects)
+                rows = maps.explain(fold, networks.load(fold, scans, device))
                 update_subjects(results, [fold], rows)
-                results.finish(
-                    fold, scans_per_fold=len(rows), zero_maps_per_fold=int(rows["zero"].sum()),
-                    device_per_fold=devices.describe(device),
-                )  # fmt: skip
+                results.finish(fold, **facts(rows, device))
             with results.summary() as due:
                 if due:
-                    title = f"{name}, {run.model}: mean of {cohort.k} folds, {len(cohort.table)} test scans"
-                    average_folds(results.path, cohort, scans, title)
+                    maps.average(run.model)
             report(results)
     return 0
 

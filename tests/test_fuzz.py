@@ -20,10 +20,10 @@ from cohorts import AFFINE, tiny_cohort, voxels, write_scan
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+import brain_maps
 import dataset
 import heatmap
 import models
-import overlap
 import runs
 from internals import checkpoints, nifti, process, storage
 from internals.errors import InputError
@@ -238,7 +238,7 @@ def test_map_record_and_subjects(folder, data):
     rows = ",".join(heatmap.SUBJECT_COLUMNS).encode() + b"\n0,a.nii,1,007,1,1,0.5,2.5,\n"
     (method / "subjects.csv").write_bytes(patch(rows, data.draw(patches(len(rows)))))
     attempt(heatmap.finished_folds, method, {0: "cd"})
-    attempt(overlap.find_maps, method.parent)
+    attempt(brain_maps.find_maps, method.parent)
 
 
 # Checkpoints -------------------------------------------------------------------------------------

@@ -16,6 +16,7 @@ from sklearn.metrics import average_precision_score, roc_auc_score
 from overlap_scores import (
     BrainMask,
     add_intervals,
+    add_random,
     bootstrap_interval,
     dice_curve,
     overlap_scores,
@@ -231,6 +232,20 @@ def test_random_floor_rises_with_smoothness_and_reaches_far_enough():
     assert (floor["dice_matched"] > BALLS.mean()).all()  # chance
     assert floor.equals(again)
     assert not floor.equals(other)
+
+
+def test_random_maps_stand_beside_maps_of_their_smoothness():
+    floor = pd.DataFrame({"smoothness_mm": [1.0, 3.0], "dice": [0.1, 0.3], "dice_matched": [0.0, 0.1]})
+    rows = [("A", "0", 2.0), ("A", "all", 1.5), ("B", "all", 2.5), ("edges", "all", 9.0)]
+    table = pd.DataFrame(rows, columns=["method", "fold", "smoothness_mm"]).assign(fwhm_mm=8)
+    found = add_random(table, floor)
+    assert np.allclose(found["random_dice"][:4], [0.2, 0.15, 0.25, 0.3])
+    assert np.allclose(found["random_dice_matched"][:4], [0.05, 0.025, 0.075, 0.1])
+    # the floor of the smoothest mean map of a METHOD
+    assert found.iloc[4][["method", "fold", "fwhm_mm"]].tolist() == ["random", "all", 8]
+    assert np.allclose(
+        found.iloc[4][["smoothness_mm", "dice", "dice_matched"]].astype(float), [2.5, 0.25, 0.075]
+    )
 
 
 def test_deep_reference_gains_nothing_from_smoothing_noise():

@@ -132,21 +132,20 @@ def test_table_and_record(cohort):
     assert [person["label"] for person in record["subjects"]] == table.label.tolist()
 
 
-def test_scans_are_brains(scans, masks):
-    mask = masks[1]
+def test_scans_are_brains_and_patients_darker_in_the_truth(cohort, scans, masks):
+    truth, mask = masks
     assert 1.7e6 < mask.sum() * 4**3 < 2.1e6  # mm^3
+    assert not (truth & ~mask).any()
+    assert 0.005 < truth.sum() / mask.sum() < 0.02
+    assert np.array_equal(truth, truth[::-1])  # both sides
     for scan in scans.values():
         brain = scan > 0
         assert scan.min() == 0
         assert 2 * (brain & mask).sum() / (brain.sum() + mask.sum()) > 0.93  # other people, same space
         assert scan.max() < 1.3 * np.percentile(scan[brain], 99)  # no voxel sets the range alone
-
-
-def test_truth_is_a_small_part_of_the_brain(masks):
-    truth, mask = masks
-    assert not (truth & ~mask).any()
-    assert 0.005 < truth.sum() / mask.sum() < 0.02
-    assert np.array_equal(truth, truth[::-1])  # both sides
+    relative = pd.Series([scan[truth].mean() / scan[mask].mean() for scan in scans.values()])
+    means = relative.groupby(pd.read_csv(cohort / "data.csv").label).mean()
+    assert means[1] < means[0] - 0.05
 
 
 def test_same_anatomy_at_every_voxel_size():
@@ -193,13 +192,6 @@ def test_null_cohort_differs_only_where_loss_was_planted(cohort, scans, masks, t
         assert (planted - null).min() < -0.1 * null.max()
 
 
-def test_patients_are_darker_in_the_truth(cohort, scans, masks):
-    truth, mask = masks
-    relative = pd.Series([scan[truth].mean() / scan[mask].mean() for scan in scans.values()])
-    means = relative.groupby(pd.read_csv(cohort / "data.csv").label).mean()
-    assert means[1] < means[0] - 0.05
-
-
 # The folder --------------------------------------------------------------------------------------
 
 
@@ -235,11 +227,13 @@ def test_same_command_keeps_the_cohort_and_another_is_refused(cohort, capsys):
 
 
 def test_interrupted_cohort_starts_again(cohort, tmp_path, monkeypatch, capsys):
-    def interrupt(*_: object) -> None:
+    def interrupt(people, template, voxel, folder) -> None:
+        simulate.save_volume(np.zeros((2, 2, 2), np.uint8), voxel, folder / "scans" / "sub-001_T1w.nii.gz")
         raise KeyboardInterrupt
 
+    (tmp_path / "scans").mkdir()
     with monkeypatch.context() as patch:
-        patch.setattr(simulate, "save_table", interrupt)
+        patch.setattr(simulate, "save_scans", interrupt)
         assert make(tmp_path) == 130
     assert "the same command starts again" in capsys.readouterr().err
     assert make(tmp_path, "--seed", "2") == 2
@@ -259,10 +253,10 @@ def test_overwrite_replaces_the_cohort_and_nothing_else(cohort, tmp_path):
     assert scans == {f"scans/sub-00{i}_T1w.nii.gz" for i in range(1, 5)}
 
 
-def test_record_of_many_subjects_can_be_read_again(tmp_path):
-    people = [simulate.draw_subject(0, 0, 1.0)] * 30_000
-    storage.write_json(simulate.describe(people, 2.0, 1.0), tmp_path / "cohort.json")
-    assert len(simulate.cohort_files(tmp_path, 4).beside) == 30_000 - 4
+def test_record_of_many_subjects_can_be_read_again():
+    people = [simulate.draw_subject(0, index, 1.0) for index in range(100)]
+    size = len(json.dumps(simulate.describe(people, 2.0, 1.0), indent=2))
+    assert 30_000 * size / len(people) < storage.RECORD_SIZE
 
 
 # Mistakes ----------------------------------------------------------------------------------------
@@ -291,22 +285,16 @@ FOREIGN = [
     ("scans/sub-004_T1w.nii.gz", "precious", "", "scans/sub-004_T1w.nii.gz is in the way"),
     ("cohort.json", "precious", "--overwrite", "cohort.json: cannot be read as JSON"),
     ("cohort.json", '{"subjects": 6}', "--overwrite", "cohort.json: not written by simulate.py"),
-    ("scans", "a file", "", "scans is not a folder"),
+    ("scans", "a file", "", "--outpath .: scans is not a folder"),
+    ("taken", "a file", "--outpath taken", "--outpath taken: taken is not a folder"),
 ]
 
 
 @pytest.mark.parametrize(("name", "content", "options", "words"), FOREIGN)
-def test_files_of_others_stop_the_run(name, content, options, words, tmp_path, capsys):
-    path = tmp_path / name
-    path.parent.mkdir(exist_ok=True)
-    path.write_text(content)
-    assert make(tmp_path, *options.split()) == 2
-    assert f"{tmp_path}/{words}" in only_error(capsys.readouterr().err)
+def test_files_of_others_stop_the_run(name, content, options, words, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    Path(name).parent.mkdir(exist_ok=True)
+    Path(name).write_text(content)
+    assert make(Path(), *options.split()) == 2
+    assert only_error(capsys.readouterr().err).startswith(f"error: {words}")
     assert contents(tmp_path) == {name: content.encode()}
-
-
-def test_a_file_where_the_folder_belongs(tmp_path, capsys):
-    (tmp_path / "taken").write_text("a file")
-    assert make(tmp_path / "taken") == 2
-    assert f"--outpath {tmp_path / 'taken'}" in only_error(capsys.readouterr().err)
-    assert contents(tmp_path) == {"taken": b"a file"}

@@ -478,7 +478,8 @@ IMAGES += [
 
 PERMISSIONS = [
     Row(command, f"{name}, reading forbidden",
-        both(rewrite(path, bytes), lambda path=path: Path(path).chmod(0)), [path, "denied"], options, unprivileged=True)
+        both(rewrite(path, bytes), lambda path=path: Path(path).chmod(0)), [path, "permission denied"],
+        options, unprivileged=True)
     for command, name, path, options in [
         ("train_cv", "CSV", "data.csv", ""),
         ("train_cv", "scan", VICTIM, ""),

@@ -91,14 +91,10 @@ class AlphaBetaRule:
         """Relevance of the layer's outputs -> of its inputs."""
         has_positive, has_negative = self.positive > 0, self.negative < 0
         both = has_positive & has_negative  # a unit with only one of them passes all its relevance there
-        ratios = [
-            relevance * torch.where(both, 1 + self.beta, 1.0) / (self.positive + self.epsilon),
-            relevance * torch.where(both, -self.beta, 1.0) / (self.negative - self.epsilon),
-        ]
-        ratio = torch.cat(
-            [torch.where(has_positive, ratios[0], 0), torch.where(has_negative, ratios[1], 0)], 1
-        )
-        relevance = self.inputs * self.transposed(ratio)
+        alpha, beta = torch.where(both, 1 + self.beta, 1.0), torch.where(both, -self.beta, 1.0)
+        positive = torch.where(has_positive, relevance * alpha / (self.positive + self.epsilon), 0)
+        negative = torch.where(has_negative, relevance * beta / (self.negative - self.epsilon), 0)
+        relevance = self.inputs * self.transposed(torch.cat([positive, negative], 1))
         if self.signed_inputs:
             of_plus, of_minus = relevance.chunk(2, 1)
             relevance = of_plus + of_minus
@@ -131,12 +127,8 @@ class AlphaBetaBlock(AlphaBetaRule):
         positive, negative = convolve(with_halo(self.inputs, rows, self.weight), self.weight).chunk(2, 1)
         values = self.layers.norm(positive + negative + self.bias.view(-1, 1, 1, 1)).relu_()
         outputs, max_indices = F.max_pool3d(values, self.window, return_indices=True)
-        return (
-            gather_at_maxima(positive, max_indices),
-            gather_at_maxima(negative, max_indices),
-            outputs,
-            max_indices,
-        )
+        contributions = [gather_at_maxima(part, max_indices) for part in (positive, negative)]
+        return *contributions, outputs, max_indices
 
     def transposed(self, ratio: Tensor) -> Tensor:
         """From the maxima's 2n units to the convolution's inputs."""

@@ -89,7 +89,7 @@ def table(checks: list[selfcheck.Check]) -> str:
             "at most": check.tolerance,
             "s": check.seconds,
             "GB": check.bytes / 1e9 if check.bytes else math.nan,
-            "verdict": "right" if check.right else "FAILED" if check.problem else "WRONG",
+            "verdict": "right" if check.passed else "FAILED" if check.problem else "WRONG",
         }
         for check in checks
     )
@@ -151,7 +151,7 @@ def main(argv: list[str] | None = None) -> int:
     with process.out_of_memory(f"training on {device}", "take fewer --subjects or larger --voxel"):
         for cache in dict.fromkeys([args.cache, "ram"]):
             print(share_of_waiting(device, args.training_model, args.subjects, args.voxel, cache))
-    wrong = sum(not check.right for check in found)
+    wrong = sum(not check.passed for check in found)
     print(
         f"{wrong} of {len(found)} rows are not right: do not use this device"
         if wrong

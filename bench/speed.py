@@ -11,7 +11,7 @@ CPU, PyTorch and the scan included, and torch's largest allocation on a GPU. The
 largest one between both results, relative to the reference's largest value, and "voxels off" the share
 of voxels that differ by more than 1e-5 of it: float32 rounds two ways of adding up differently, and
 where two voxels of a pool's window nearly tie, the other one wins. For IG it is that of two steps
-without the one at alpha = 0, where the image is blank, all windows are tied, and autograd's winners are
+without the one at alpha = 0, where the image is blank, all windows are tied, and autograd's maxima are
 rounding noise. The difference of a training step is that of the first convolution's gradient.
 
 "with logits" is a map as heatmap.py makes it, with one forward pass before; the published way has its logits

@@ -1,4 +1,4 @@
-"""Checkpoints: plain state dicts, of which nothing but the tensors that a network needs is read."""
+"""Reading checkpoints: plain state dicts, from which nothing but a network's tensors is taken."""
 
 import io
 import pickle
@@ -18,20 +18,10 @@ from internals.errors import InputError, blaming
 
 # what torch.load raises on files that torch.save did not write, or that hold more than tensors
 UNREADABLE = (
-    zipfile.BadZipFile,
-    zlib.error,
-    pickle.UnpicklingError,
-    struct.error,
-    AssertionError,
-    OSError,
-    EOFError,
-    RuntimeError,
-    ValueError,
-    LookupError,
-    TypeError,
-    AttributeError,
-)
-ZIP = b"PK\3\4"
+    zipfile.BadZipFile, zlib.error, pickle.UnpicklingError, struct.error, AssertionError, OSError, EOFError,
+    RuntimeError, ValueError, LookupError, TypeError, AttributeError,
+)  # fmt: skip
+ZIP_MAGIC = b"PK\3\4"
 FLOATS = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
 INTEGERS = (torch.int64, torch.int32)
 TENSOR_NAMES = (  # what a pickled state dict refers to
@@ -44,7 +34,7 @@ Model = TypeVar("Model", bound=nn.Module)
 def load_weights(model: Model, path: Path, device: torch.device) -> Model:
     """Load a plain state dict into `model`, and put it on `device` in evaluation mode.
 
-    Only tensors are unpickled (`weights_only`), so a file that holds code is refused; one that is larger
+    Only tensors are unpickled (`weights_only`), so a file that holds code is refused. A file that is larger
     than the model's weights can be is not even opened.
 
     Raises:
@@ -66,27 +56,27 @@ def load_weights(model: Model, path: Path, device: torch.device) -> Model:
     return model.to(device).eval()
 
 
-def _read_checkpoint(path: Path, needed: int) -> io.BytesIO:
-    """A checkpoint's content, as long as neither it nor what it unpacks to is too large for the weights.
+def _read_checkpoint(path: Path, weights: int) -> io.BytesIO:
+    """The bytes of a checkpoint, unless they, packed or unpacked, are too many for the model's weights.
 
     Args:
-        needed: bytes of the model's weights.
+        weights: bytes of the model's weights.
 
     Raises:
         InputError: too large, or it asks for more than tensors: `weights_only` allows a `bytearray`
             of any length, for one.
     """
-    room = 4 * needed + 2**20  # weights may be stored in float64, and beside other things
-    if storage.file_size(path, "checkpoint") > room:
-        raise InputError(f"not a PyTorch state dict of this model: larger than {room} bytes")
+    limit = 4 * weights + 2**20  # they may be stored in float64, and beside other things
+    if storage.file_size(path, "checkpoint") > limit:
+        raise InputError(f"not a PyTorch state dict of this model: larger than {limit} bytes")
     try:
         content = io.BytesIO(path.read_bytes())  # from a file, a pickle could ask for a text of any length
     except OSError as problem:
         raise InputError(f"cannot be read ({problem.strerror})") from problem
-    if content.getvalue().startswith(ZIP):
+    if content.getvalue().startswith(ZIP_MAGIC):
         with zipfile.ZipFile(content) as archive:
-            if sum(entry.file_size for entry in archive.infolist()) > room:
-                raise InputError(f"not a PyTorch state dict of this model: unpacks to over {room} bytes")
+            if sum(entry.file_size for entry in archive.infolist()) > limit:
+                raise InputError(f"not a PyTorch state dict of this model: unpacks to over {limit} bytes")
             for name in archive.namelist():
                 if name.endswith(".pkl"):
                     _check_pickle(io.BytesIO(archive.read(name)))
@@ -98,19 +88,19 @@ def _read_checkpoint(path: Path, needed: int) -> io.BytesIO:
 
 
 def _check_pickle(stream: io.BytesIO) -> None:
-    """Read one pickle's instructions, without following them; InputError for a name that no weights need."""
+    """Read one pickle's instructions without executing them; InputError for a name that no tensor needs."""
     for instruction, name, _ in pickletools.genops(stream):
         if instruction.name == "GLOBAL" and not re.fullmatch(TENSOR_NAMES, str(name)):
             raise InputError(f"not a PyTorch state dict of plain tensors: it asks for {name}")
 
 
 def _check_tensor(key: str, found: Any, wanted: Tensor) -> None:
-    """Raise InputError where one entry of a state dict cannot take the place of `wanted`."""
+    """Raise InputError where an entry of a state dict cannot replace the model's own, `wanted`."""
     if not isinstance(found, Tensor) or found.shape != wanted.shape:
         shape = tuple(found.shape) if isinstance(found, Tensor) else type(found).__name__
         raise InputError(f"{key} is {shape}, the model and grid need {tuple(wanted.shape)}")
-    kind = FLOATS if wanted.is_floating_point() else INTEGERS
-    if found.layout != torch.strided or found.device.type != "cpu" or found.dtype not in kind:
+    dtypes = FLOATS if wanted.is_floating_point() else INTEGERS
+    if found.layout != torch.strided or found.device.type != "cpu" or found.dtype not in dtypes:
         raise InputError(f"{key} is a tensor of {found.dtype}, {found.layout}; expected {wanted.dtype}")
     if not torch.isfinite(found).all():
         raise InputError(f"{key} has values that are not finite")

@@ -1,4 +1,4 @@
-"""The device that a command runs on: chosen, set up, described, and what is known to be wrong with it."""
+"""The device that a command runs on: choosing it, setting it up, its known faults, sizes that suit it."""
 
 import functools
 import platform
@@ -14,7 +14,7 @@ from internals.errors import InputError
 
 # of the forward and backward pass; tf32 is float32 whose factors CUDA's tensor cores round to 10 bits
 PRECISIONS = {"fp32": torch.float32, "tf32": torch.float32, "bf16": torch.bfloat16}
-MAX_TENSOR_VALUES = 2**31 - 1  # of one tensor: beyond, cuDNN's BatchNorm and PyTorch's pooling count wrongly
+MAX_TENSOR_VALUES = 2**31 - 1  # beyond, cuDNN's BatchNorm and PyTorch's pooling count wrongly
 MAX_CHUNK_VALUES = 2**29  # values computed at once, however much memory there is
 
 
@@ -93,7 +93,7 @@ def set_precision(device: torch.device, precision: str) -> None:
 
 
 def describe(device: torch.device) -> dict[str, str]:
-    """What the numbers depend on: the device's name, and on CUDA its version and cuDNN's."""
+    """What results may depend on: the device's name, on CUDA also its version and cuDNN's."""
     if device.type == "cuda":
         cuda, cudnn = str(torch.version.cuda), _cudnn_release(torch.backends.cudnn.version() or 0)
         return {"name": torch.cuda.get_device_name(device), "cuda": cuda, "cudnn": cudnn}
@@ -135,7 +135,7 @@ def to_memory_format(values: Tensor) -> Tensor:
 # Known faults ------------------------------------------------------------------------------------
 
 
-class Setup(NamedTuple):
+class Versions(NamedTuple):
     """What a fault may depend on."""
 
     torch: tuple[int, ...]  # (2, 13, 0)
@@ -144,35 +144,35 @@ class Setup(NamedTuple):
     precision: str
 
 
-def _doubtful(cudnn: int) -> bool:
-    """Whether it is one of the versions whose 3D convolutions in bfloat16 PyTorch avoids since 2.9.1."""
+def _is_faulty_cudnn(cudnn: int) -> bool:
+    """Whether PyTorch, since 2.9.1, avoids this cuDNN for 3D convolutions in bfloat16."""
     return 90_800 <= cudnn < 91_500
 
 
-FAULTS: dict[str, Callable[[Setup], bool]] = {
+FAULTS: dict[str, Callable[[Versions], bool]] = {
     "cuDNN 9.8 to 9.14 can return wrong 3D convolutions in bfloat16 (pytorch#163539); install 9.15 or later":
-        lambda s: s.precision == "bf16" and s.torch < (2, 9) and _doubtful(s.cudnn),
+        lambda v: v.precision == "bf16" and v.torch < (2, 9) and _is_faulty_cudnn(v.cudnn),
     "PyTorch 2.9.0 bypasses cuDNN for 3D convolutions in bfloat16, slowly and in three times the memory "
     "(pytorch#166643); update PyTorch":
-        lambda s: s.precision == "bf16" and s.torch == (2, 9, 0),
+        lambda v: v.precision == "bf16" and v.torch == (2, 9, 0),
     "PyTorch bypasses cuDNN 9.8 to 9.14 for 3D convolutions in bfloat16, slowly and in three times the "
     "memory (pytorch#166643); install cuDNN 9.15 or later":
-        lambda s: s.precision == "bf16" and s.torch > (2, 9, 0) and _doubtful(s.cudnn),
+        lambda v: v.precision == "bf16" and v.torch > (2, 9, 0) and _is_faulty_cudnn(v.cudnn),
     "cuDNN 9.10.2 to 9.15 has a broken 3D convolution in TF32 (pytorch#167024); use --precision fp32":
-        lambda s: s.precision == "tf32" and 91_002 <= s.cudnn < 91_600,
+        lambda v: v.precision == "tf32" and 91_002 <= v.cudnn < 91_600,
     "wrong gradients of cuDNN were reported for such cards with PyTorch 2.6 (pytorch#150700); update PyTorch":
-        lambda s: s.capability == (9, 0) and s.torch < (2, 7),
+        lambda v: v.capability == (9, 0) and v.torch < (2, 7),
 }  # fmt: skip
 
 
 def known_faults(device: torch.device, precision: str) -> list[str]:
-    """The known faults of the versions at hand, a line each; none but on CUDA."""
+    """The known faults of the installed versions on a CUDA device, one line each; none elsewhere."""
     if device.type != "cuda":
         return []
     release = tuple(int(number) for number in re.findall(r"\d+", torch.__version__)[:3])
     capability, cudnn = torch.cuda.get_device_capability(device), torch.backends.cudnn.version() or 0
-    setup = Setup(release, cudnn, capability, precision)
-    return [fault for fault, applies in FAULTS.items() if applies(setup)]
+    versions = Versions(release, cudnn, capability, precision)
+    return [fault for fault, applies in FAULTS.items() if applies(versions)]
 
 
 # Sizes -------------------------------------------------------------------------------------------
@@ -186,10 +186,10 @@ def free_memory(device: torch.device) -> int:
 
 @functools.cache
 def values_at_once(device: torch.device, on_cpu: int) -> int:
-    """How many float32 values to work on at once.
+    """How many float32 values to compute at once.
 
-    On a CPU that is what its caches favour. A GPU wants large pieces: 1/32 of the memory that is free at the
-    first call, a power of two, so that the same card takes the same pieces each time.
+    On a CPU it is what suits the caches, `on_cpu`. A GPU wants large chunks: 1/32 of the memory that is free
+    at the first call, as a power of two, so that the same card takes the same chunks each time.
     """
     if device.type != "cuda":
         return on_cpu
@@ -198,7 +198,7 @@ def values_at_once(device: torch.device, on_cpu: int) -> int:
 
 
 def training_memory(batch: int, per_scan: int) -> int:
-    """About how many bytes a training step takes at its height: five of the largest layer's outputs."""
+    """Peak memory of a training step, in bytes: about five times the largest layer's output in float32."""
     return 5 * 4 * batch * per_scan
 
 

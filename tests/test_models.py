@@ -1,14 +1,16 @@
 """models.py: the published networks to the letter, `evaluation_mode`, arguments."""
 
+import contextlib
+
 import pytest
 import torch
-from networks import CASES, arguments, over_bad_arguments, random_network
+from networks import CASES, arguments, example, over_bad_arguments, random_network
 from torch import nn
 
 import models
 from models import build_model, check_arguments, evaluation_mode
 
-# design.md, section 5: kernels, pools, Linear in-features per filter at 193x229x193, smallest edge
+# of Wang et al. 2023: kernels, pools, Linear in-features per filter at 193x229x193, smallest edge
 PUBLISHED = {
     "A": ((7, 5, 5, 3, 3), (2, 2, 2, 2, 2), 36, 110),
     "B": ((3, 3, 3, 3, 3), (2, 2, 2, 2, 2), 80, 94),
@@ -48,10 +50,8 @@ def test_layer_names_and_shapes(family: str, width: int):
         expected[f"features.{4 * block + 1}.num_batches_tracked"] = ()
     expected |= {"classifier.0.weight": (64, width * per_filter), "classifier.0.bias": (64,)}
     expected |= {"classifier.3.weight": (2, 64), "classifier.3.bias": (2,)}
-    found = {
-        key: tuple(value.shape) for key, value in meta_model(f"model{family}{width}").state_dict().items()
-    }
-    assert list(found.items()) == list(expected.items())
+    state = meta_model(f"model{family}{width}").state_dict()
+    assert [(key, tuple(value.shape)) for key, value in state.items()] == list(expected.items())
 
 
 @over_families
@@ -105,28 +105,14 @@ def test_forward_fits_any_grid(family: str, grid: tuple[int, int, int]):
 
 
 def test_forward_is_features_then_classifier():
-    case = CASES["B"]
-    model = random_network(case)
-    volume = torch.rand(3, 1, *case.grid, dtype=torch.float64)
-    features = model.features(volume)
-    assert torch.equal(model(volume), model.classifier(features.reshape(3, -1)))
+    model, volume, _ = example(CASES["B"], 3)
+    assert torch.equal(model(volume), model.classifier(model.features(volume).reshape(3, -1)))
 
 
-@pytest.mark.parametrize(
-    "name",
-    [
-        "modelE24",
-        "modelA0",
-        "A24",
-        "modelA",
-        "modela24",
-        "modelA024",
-        "modelA-4",
-        "modelA24 ",
-        "modelA24\n",
-        "",
-    ],
-)
+UNKNOWN = ["", "A24", *(f"model{end}" for end in ("E24", "A0", "A", "a24", "A024", "A-4", "A24 ", "A24\n"))]
+
+
+@pytest.mark.parametrize("name", UNKNOWN)
 def test_unknown_names(name: str):
     with pytest.raises(ValueError, match="unknown model") as caught:
         build_model(name)
@@ -140,35 +126,25 @@ def test_grids_that_are_not_three_axes(grid: tuple[int, ...]):
         build_model("modelA24", grid)
 
 
-# evaluation_mode ------------------------------------------------------------------------------------------
-
-
-def mixed_state() -> models.CNN3d:
-    """A network whose modules differ in mode, its parameters in requires_grad."""
-    model = random_network(CASES["one block"]).train()
-    model.features[1].eval()
-    model.classifier[0].bias.requires_grad_(False)
-    return model
+# Evaluation mode ---------------------------------------------------------------------------------
 
 
 def flags(model: nn.Module) -> tuple[list[bool], list[bool]]:
     return [m.training for m in model.modules()], [p.requires_grad for p in model.parameters()]
 
 
-def test_evaluation_mode_evaluates_and_restores():
-    model = mixed_state()
+@pytest.mark.parametrize("error", [None, KeyError])
+def test_evaluation_mode_restores(error):
+    """A network whose modules differ in mode, its parameters in requires_grad; also after an error."""
+    model = random_network(CASES["one block"]).train()
+    model.features[1].eval()
+    model.classifier[0].bias.requires_grad_(False)
     before = flags(model)
     assert {True, False} == set(before[0]) == set(before[1])
-    with evaluation_mode(model):
+    with pytest.raises(error) if error else contextlib.nullcontext(), evaluation_mode(model):
         assert flags(model) == ([False] * len(before[0]), [False] * len(before[1]))
-    assert flags(model) == before
-
-
-def test_evaluation_mode_restores_after_an_error():
-    model = mixed_state()
-    before = flags(model)
-    with pytest.raises(KeyError), evaluation_mode(model):
-        raise KeyError
+        if error:
+            raise error
     assert flags(model) == before
 
 

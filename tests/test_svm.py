@@ -1,9 +1,12 @@
-"""svm.py: kernel, machines, maps and tables against dense ones; folds, memory, going on."""
+"""svm.py: machines, maps and tables against dense ones; folds, leakage, memory, going on."""
 
+import contextlib
+import io
 import json
 import shutil
 import tracemalloc
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import pandas as pd
@@ -14,10 +17,13 @@ from sklearn.svm import SVC
 import classifier_scores
 import dataset
 import figures
-import models
+import patterns
+import runs
 import svm
 import train_cv
+import utils
 from internals import storage
+from internals.caches import Cache
 
 # nilearn, of slices this small that have nothing to show
 pytestmark = pytest.mark.filterwarnings("ignore:Warning. converting a masked element to nan")
@@ -60,16 +66,9 @@ def few_draws():
 
 
 @pytest.fixture(autouse=True)
-def pictures(monkeypatch) -> list[tuple]:
-    """What the pictures would show; none is drawn within a test (those of `done` are)."""
-    drawn: list[tuple] = []
-
-    def draw(*given):
-        drawn.append(given)
-        given[-1].write_bytes(b"picture")
-
-    monkeypatch.setattr(figures, "draw_map", draw)
-    return drawn
+def no_pictures(monkeypatch):
+    """No picture is drawn within a test (those of `finished` are)."""
+    monkeypatch.setattr(figures, "draw_map", lambda *given: given[-1].write_bytes(b"picture"))
 
 
 @pytest.fixture(scope="module")
@@ -78,35 +77,48 @@ def csv(tmp_path_factory) -> Path:
     return write_weak_cohort(tmp_path_factory.mktemp("cohort"))
 
 
-def write_run(csv: Path, folder: Path) -> Path:
-    """The record and the folds of train_cv.py, which is interrupted before the first network."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(models, "require_model", lambda *_: None)  # no network takes a grid this small
-        patch.setattr(train_cv, "new_training", interrupt)
-        assert train_cv.main(["--path", str(csv), "--outpath", str(folder), *TRAINED]) == 130
-    return folder
-
-
 def interrupt(*_, **__):
     raise KeyboardInterrupt
 
 
 @pytest.fixture(scope="module")
 def run(csv, tmp_path_factory) -> Path:
-    """A training run; read only."""
-    return write_run(csv, tmp_path_factory.mktemp("run") / "models")
+    """Record and folds of train_cv.py, interrupted before the first network; read only."""
+    folder = tmp_path_factory.mktemp("run") / "models"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(runs, "new_network", lambda *_: None)  # no network takes a grid this small
+        patch.setattr(train_cv, "start", interrupt)
+        assert train_cv.main(["--path", str(csv), "--outpath", str(folder), *TRAINED]) == 130
+    return folder
 
 
 def train_svm(run: Path, outpath: Path, *options: str) -> int:
     return svm.main(["--modelpath", str(run), "--outpath", str(outpath), *options])
 
 
+class Done(NamedTuple):
+    """Everything of the run's folds, what was printed, and what the picture shows; read only."""
+
+    folder: Path
+    said: str
+    picture: tuple
+
+
 @pytest.fixture(scope="module")
-def done(run, tmp_path_factory) -> Path:
-    """Everything of the run's folds; read only."""
-    folder = tmp_path_factory.mktemp("done")
-    assert train_svm(run, folder) == 0
-    return folder / "SVM"
+def finished(run, tmp_path_factory) -> Done:
+    outpath, pictures, said = tmp_path_factory.mktemp("done"), [], io.StringIO()
+    with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(said):
+        draw = figures.draw_map
+        patch.setattr(figures, "draw_map", lambda *given: (pictures.append(given), draw(*given)))
+        assert train_svm(run, outpath) == 0
+    (picture,) = pictures
+    return Done(outpath / "SVM", said.getvalue(), picture)
+
+
+@pytest.fixture
+def done(finished) -> Path:
+    """The folder of everything; read only."""
+    return finished.folder
 
 
 def read_table(path: Path) -> pd.DataFrame:
@@ -191,61 +203,15 @@ def check_dense(folder: Path, dense: Dense, folds: pd.DataFrame, C: float | None
     assert not mean[~dense.inside].any()
 
 
-# The kernel --------------------------------------------------------------------------------------
-
-
-def scans_of(csv: Path) -> dataset.Scans:
-    return dataset.Scans(dataset.read_csv(csv))
-
-
-@pytest.mark.parametrize("block", [1, 2, 7, 10, 30, 31, 100])
-@pytest.mark.parametrize("streamed", [1, 3, 4])
-def test_kernel_is_that_of_the_dense_matrix(csv, monkeypatch, block, streamed):
-    dense = Dense(csv)
-    V = dense.X.shape[1]
-    monkeypatch.setattr(svm, "STREAMED", streamed)
-    monkeypatch.setattr(svm, "HELD", (block + streamed) * V)
-    monkeypatch.setattr(svm, "CHUNK", 1000)
-    assert V % (1000 // min(block, N)) != 0
-    found = svm.linear_kernel(scans_of(csv), dense.inside)
-    assert found.dtype == np.float64
-    assert np.allclose(found, dense.X @ dense.X.T, rtol=1e-12, atol=0)
-
-
-def test_kernel_does_not_add_up_in_float32():
-    """One large product and many small ones: float32 would lose every small one."""
-    left = np.full((1, 100_000), 1e-4, np.float32)
-    left[0, 0] = 1e2
-    exact = float(np.float64(left[0, 0]) ** 2 + 99_999 * np.float64(left[0, 1]) ** 2)
-    assert svm.multiply(left, left)[0, 0] == pytest.approx(exact, rel=1e-12)
-
-
-@pytest.mark.parametrize(("N", "size"), [(7, 1), (7, 3), (7, 7), (7, 9), (8, 4)])
-def test_batches_hold_every_row_once(N, size):
-    pieces = svm.batches(range(2, N), size)
-    assert [row for piece in pieces for row in piece] == list(range(2, N))
-    assert all(0 < len(piece) <= size for piece in pieces)
-
-
 # What is written ---------------------------------------------------------------------------------
 
 
 def test_defaults_are_the_specified_ones():
-    args = vars(svm.get_parser().parse_args([]))
-    assert args == {
-        "path": None,
-        "modelpath": Path("models"),
-        "outpath": Path("heatmaps"),
-        "mask": None,
-        "C": None,
-        "fold": None,
-        "split": None,
-        "val_fraction": None,
-        "seed": None,
-        "overwrite": False,
-    }
+    free = dict.fromkeys(["path", "mask", "C", "fold", "split", "val_fraction", "seed"])
+    paths = {"modelpath": Path("models"), "outpath": Path("heatmaps")}
+    assert vars(svm.get_parser().parse_args([])) == free | paths | {"overwrite": False}
     trained = vars(train_cv.get_parser().parse_args(["--path", "data.csv"]))
-    assert {name: trained[name] for name in svm.FOLDING} == svm.FOLDING
+    assert {name: trained[name] for name in runs.FOLDING} == runs.FOLDING
 
 
 def test_these_files_and_no_others(done):
@@ -259,8 +225,8 @@ def test_everything_equals_the_dense_machine_on_the_folds_of_the_run(done, csv, 
 
 
 def test_small_blocks_and_many_passes_change_nothing(done, csv, run, tmp_path, monkeypatch):
-    monkeypatch.setattr(svm, "HELD", 8 * np.prod(SHAPE))
-    monkeypatch.setattr(svm, "CHUNK", 37)
+    monkeypatch.setattr(patterns, "HELD", 8 * np.prod(SHAPE))
+    monkeypatch.setattr(patterns, "CHUNK", 37)
     assert train_svm(run, tmp_path) == 0
     check_dense(tmp_path / "SVM", Dense(csv), read_table(run / "folds.csv"))
 
@@ -284,60 +250,53 @@ def test_predictions_list_every_scan_once_by_its_test_fold(done, run):
     assert 0 < table["predicted"].sum() < N
 
 
-def test_metrics_are_those_of_the_predictions(run, tmp_path, capsys):
-    assert train_svm(run, tmp_path) == 0
-    expected = classifier_scores.metrics_table(read_table(tmp_path / "SVM" / "predictions.csv"), seed=1)
-    found = pd.read_csv(tmp_path / "SVM" / "metrics.csv", dtype={"fold": str})
+def test_metrics_and_choices_are_printed(finished, csv):
+    folder, said, _ = finished
+    expected = classifier_scores.metrics_table(read_table(folder / "predictions.csv"), seed=1)
+    found = pd.read_csv(folder / "metrics.csv", dtype={"fold": str})
     assert found["fold"].tolist() == ["0", "1", "2", "pooled"]
     columns = list(expected.columns[1:])
     assert np.allclose(found[columns].astype(float), expected[columns].astype(float), equal_nan=True)
-    assert classifier_scores.summary(expected) in capsys.readouterr().out
-
-
-def test_choices_are_printed(csv, run, tmp_path, capsys):
-    assert train_svm(run, tmp_path) == 0
-    said = capsys.readouterr().out
-    for fold, C in record_of(tmp_path / "SVM")["C_per_fold"].items():
+    assert classifier_scores.summary(expected) in said
+    for fold, C in record_of(folder)["C_per_fold"].items():
         assert f"fold {fold}: C = {C:g}, validation balanced accuracy" in said
     assert f"voxels: {Dense(csv).inside.sum()} of {np.prod(SHAPE)}" in said
+    assert f"{folder}: map_all.nii.gz, map_f*.nii.gz, weights_f*.nii.gz, predictions.csv, metrics.csv" in said
 
 
 def test_maps_lie_where_the_scans_lie(done, csv):
     scan = read_nifti(csv.parent / "scans" / "000.nii")
-    files = sorted(done.glob("*.nii.gz"))
-    assert len(files) == 2 * K + 2
-    for file in files:
-        found = read_nifti(file)
-        assert found.shape == SHAPE
+    for file in sorted(NAMES - {"map_all.png", "map.json", "predictions.csv", "metrics.csv"}):
+        found = read_nifti(done / file)
+        assert (found.shape, found.get_data_dtype()) == (SHAPE, np.float32)
         assert np.array_equal(found.affine, AFFINE)
-        assert found.get_data_dtype() == np.float32
         for name in ("sform_code", "qform_code", "pixdim", "srow_x", "quatern_b", "xyzt_units"):
             assert np.array_equal(found.header[name], scan.header[name]), name
-        assert np.isfinite(read_values(file)).all()
+        assert np.isfinite(read_values(done / file)).all()
 
 
-def test_mean_scan_and_picture(csv, run, tmp_path, pictures):
-    assert train_svm(run, tmp_path) == 0
+def test_mean_scan_and_picture(finished, csv):
     mean = Dense(csv).scans.mean(0)
-    assert np.allclose(read_values(tmp_path / "SVM" / "mean_scan.nii.gz"), mean, rtol=0, atol=2**-24)
-    ((pattern, background, affine, title, path),) = pictures
-    assert near(pattern, read_values(tmp_path / "SVM" / "map_all.nii.gz"))
+    assert np.allclose(read_values(finished.folder / "mean_scan.nii.gz"), mean, rtol=0, atol=2**-24)
+    pattern, background, affine, title, path = finished.picture
+    assert near(pattern, read_values(finished.folder / "map_all.nii.gz"))
     assert np.allclose(background, mean, rtol=0, atol=2**-24)
     assert np.array_equal(affine, AFFINE)
-    assert title.startswith("SVM")
+    assert title == "SVM: mean activation pattern of 3 folds, 31 scans"
     assert path.suffix == ".png"
 
 
 def test_record(done, run, csv):
     record = record_of(done)
-    assert record["method"] == "SVM"
     folding = {"fold": K, "split": "stratified", "val_fraction": 0.3, "seed": 1}
-    assert record["options"] == {"C": "chosen", **folding}
-    assert record["modelpath"] == str(run.resolve())
-    assert record["csv"] == str(csv.resolve())
-    assert record["csv_sha256"] == storage.sha256(csv)
-    assert record["mask"] is None
-    assert record["versions"] == storage.versions()
+    expected = {"method": "SVM", "options": {"C": "chosen", **folding}, "mask": None, "mask_sha256": None}
+    expected |= {"modelpath": str(run.resolve()), "csv": str(csv.resolve())}
+    expected |= {"csv_sha256": storage.file_sha256(csv), "versions": storage.package_versions()}
+    trained = json.loads((run / "run.json").read_text())
+    expected |= {name: trained[name] for name in ("grid", "scans_sha256", "folds_sha256")}
+    others = {"C_per_fold", "intercept_per_fold", "finished"}
+    assert {name: record[name] for name in record.keys() - others} == expected
+    assert all(list(record[name]) == ["0", "1", "2"] for name in ("C_per_fold", "intercept_per_fold"))
 
 
 # The voxels --------------------------------------------------------------------------------------
@@ -358,20 +317,7 @@ def test_mask(csv, run, mask, tmp_path):
     check_dense(tmp_path / "SVM", dense, read_table(run / "folds.csv"))
     record = record_of(tmp_path / "SVM")
     assert record["mask"] == str(mask.resolve())
-    assert record["mask_sha256"] == storage.sha256(mask)
-
-
-def test_voxels_that_differ_in_one_scan_are_used(csv, tmp_path):
-    """Default mask: a voxel of the frame that one scan alone fills, whichever it is."""
-    for i in (0, 1, N - 1):
-        folder = Path(shutil.copytree(csv.parent, tmp_path / str(i)))
-        values = weak_voxels(i, 0)
-        values[0, 0, 0] = 50
-        write_scan(folder / "scans" / f"{i:03d}.nii", values)
-        _, varies = svm.survey(scans_of(folder / "data.csv"))
-        assert np.array_equal(varies, Dense(folder / "data.csv").inside)
-        assert varies[0, 0, 0]
-        assert not varies[0, 0, 1]
+    assert record["mask_sha256"] == storage.file_sha256(mask)
 
 
 # No run ------------------------------------------------------------------------------------------
@@ -400,8 +346,7 @@ def test_without_a_run_the_folds_are_those_of_training(csv, tmp_path, capsys, op
     known = ["fold", "path", "label", "subject"]
     assert table[known].to_numpy().tolist() == tests[known].to_numpy().tolist()
     record = record_of(tmp_path / "SVM")
-    options_there = dict(zip(("C", "fold", "split", "val_fraction", "seed"), ("chosen", *made), strict=True))
-    assert record["options"] == options_there
+    assert record["options"] == dict(zip(["C", *runs.FOLDING], ["chosen", *made], strict=True))
     assert record["modelpath"] is None
 
 
@@ -464,25 +409,16 @@ def test_ties_go_to_the_smallest_c(tmp_path):
         assert all(right[right.index(True) :])
 
 
-def test_balanced_accuracy_comes_first_and_roundings_are_ties(monkeypatch):
-    """AUC decides between equals, the smaller C after that."""
-    accuracies, areas = iter([0.5, 0.7, 0.7 + 1e-15, 0.7]), iter([0.9, 0.7, 0.8, 0.8 + 1e-15])
-    monkeypatch.setattr(svm, "balanced_accuracy_score", lambda *_: next(accuracies))
-    monkeypatch.setattr(svm, "roc_auc_score", lambda *_: next(areas))
-    labels = np.array([0, 1, 0, 1])
-    machine, accuracy, area = svm.fit_best(np.eye(4), labels, [0, 1], [2, 3], [1e-3, 1e-2, 1e-1, 1.0])
-    assert (machine.C, accuracy, area) == (1e-1, 0.7, 0.8)
-
-
 # Memory ------------------------------------------------------------------------------------------
 
 
 def test_memory_does_not_grow_with_the_number_of_scans(tmp_path, monkeypatch):
     shape, k = (48, 49, 50), 6
     volume = 4 * np.prod(shape)  # bytes of one scan
-    monkeypatch.setattr(svm, "HELD", 8 * np.prod(shape))
-    monkeypatch.setattr(svm, "CHUNK", 1000)
-    monkeypatch.setattr(svm, "WORKERS", 1)  # scans that are being decoded take memory too
+    monkeypatch.setattr(patterns, "HELD", 8 * np.prod(shape))
+    monkeypatch.setattr(patterns, "CHUNK", 1000)
+    in_threads = utils.in_threads  # one thread: scans that are being decoded take memory too
+    monkeypatch.setattr(utils, "in_threads", lambda work, items, *_: in_threads(work, items, threads=1))
     peaks = []
     for n in (20, 20, 50):  # the first call warms up
         folder = tmp_path / f"{n}-{len(peaks)}"
@@ -498,8 +434,7 @@ def test_memory_does_not_grow_with_the_number_of_scans(tmp_path, monkeypatch):
 
 def test_a_disk_cache_of_the_run_is_read(csv, run, done, tmp_path, capsys):
     run = Path(shutil.copytree(run, tmp_path / "models"))
-    table = dataset.read_csv(csv)
-    dataset.open_scans(table, dataset.check_grid(table), "disk", run / "cache", 0)
+    runs.find_cohort(run, csv, {})[0].open_scans(Cache("disk", run / "cache"))
     before = contents(run)
     assert train_svm(run, tmp_path) == 0
     assert "read from" in capsys.readouterr().out
@@ -519,7 +454,17 @@ def copy(done, tmp_path) -> Path:
 
 def test_second_call_keeps_everything(copy, run, monkeypatch, capsys):
     before = contents(copy)
-    monkeypatch.setattr(dataset, "open_scans", interrupt)
+    monkeypatch.setattr(dataset.Cohort, "open_scans", interrupt)
+    assert train_svm(run, copy) == 0
+    assert "done before, kept" in capsys.readouterr().out
+    assert contents(copy) == before
+
+
+def test_record_of_an_earlier_version_is_kept(copy, run, capsys):
+    record = record_of(copy / "SVM")
+    del record["finished"]
+    storage.write_json(record, copy / "SVM" / "map.json")
+    before = contents(copy)
     assert train_svm(run, copy) == 0
     assert "done before, kept" in capsys.readouterr().out
     assert contents(copy) == before
@@ -529,16 +474,17 @@ def test_second_call_keeps_everything(copy, run, monkeypatch, capsys):
 def test_lost_file_is_made_again(copy, done, run, name):
     (copy / "SVM" / name).unlink()
     assert train_svm(run, copy) == 0
-    assert set(contents(copy / "SVM")) == NAMES
-    if name.endswith(".nii.gz"):
-        assert np.array_equal(read_values(copy / "SVM" / name), read_values(done / name))
-    elif name.endswith(".csv"):
-        assert (copy / "SVM" / name).read_text() == (done / name).read_text()
+    found, expected = contents(copy / "SVM"), contents(done)
+    assert set(found) == NAMES
+    # a .nii.gz holds the time; no picture is drawn here
+    assert all(found[file] == expected[file] for file in NAMES if file.endswith((".csv", ".json")))
+    for file in sorted(done.glob("*.nii.gz")):
+        assert np.array_equal(read_values(copy / "SVM" / file.name), read_values(file))
 
 
 def test_interrupted_call_goes_on(done, run, tmp_path, monkeypatch):
     with monkeypatch.context() as patch:
-        patch.setattr(svm, "save_means", interrupt)
+        patch.setattr(svm, "write_means", interrupt)
         assert train_svm(run, tmp_path) == 130
     assert (tmp_path / "SVM" / "map_f0.nii.gz").exists()
     assert train_svm(run, tmp_path) == 0

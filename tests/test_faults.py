@@ -154,7 +154,7 @@ def results(folder: Path) -> dict[str, bytes]:
         ("maps/IG-controls", "subjects/f1_00001_001.nii.gz"),
         ("maps/SVM", "predictions.csv"),
         ("overlap", "overlap.png"),
-        ("cohort", "scans/sub-003.nii.gz"),
+        ("cohort", "scans/sub-003_T1w.nii.gz"),
     ],
 )
 def test_full_disk_is_one_line_and_the_same_command_goes_on(

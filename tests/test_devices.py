@@ -1,9 +1,9 @@
 """devices.py and selfcheck.py: choosing a device, what is known of it, whether it computes what it should."""
 
 import copy
+import functools
 import itertools
 from collections.abc import Callable
-from functools import partial
 from types import SimpleNamespace
 from typing import Any
 
@@ -228,6 +228,16 @@ def test_forward_pass_is_that_of_the_layers(place: Place, case: Case):
             assert difference(found, expected) < CLOSE[dtype]
 
 
+TARGET = torch.tensor([0, 1])
+
+
+@functools.cache
+def reference(work: str, family: str) -> Tensor:
+    """A piece of the self-check's work, in float64 by the layers as they stand."""
+    model, volume = selfcheck.example_network(f"model{family}2")
+    return selfcheck.MAPS.get(work, selfcheck.gradients)(model.double(), volume.double(), TARGET)
+
+
 # The self-check's bounds, but in float32: on a CPU PyTorch's BatchNorm loses digits where channels lie last.
 # The loss is a float32 number in any case, and so is its gradient.
 FAR = {
@@ -250,12 +260,11 @@ FAR = {
 def test_training_step_is_that_of_the_layers(place: Place, dtype: torch.dtype, family: str):
     """MPS has no float64, the stand-in no autocast."""
     model, volume = selfcheck.example_network(f"model{family}2")
-    label = torch.tensor([0, 1])
-    exact = selfcheck.gradients(copy.deepcopy(model).double(), volume.double(), label)
     if dtype == torch.float64:
         model, volume = model.double(), volume.double()
     autocast = torch.bfloat16 if dtype == torch.bfloat16 else torch.float32
-    found = place.do(partial(selfcheck.gradients, dtype=autocast), model, volume, label)
+    found = place.do(functools.partial(selfcheck.gradients, dtype=autocast), model, volume, TARGET)
+    exact = reference("training gradients", family)
     assert selfcheck.relative_difference(found, exact, selfcheck.kernel_sizes(model)) < FAR[dtype]
 
 
@@ -264,9 +273,7 @@ def test_training_step_is_that_of_the_layers(place: Place, dtype: torch.dtype, f
 def test_maps_in_float32_are_those_of_float64(place: Place, method: str):
     """As commands make them; test_lrp.py, test_ig.py and test_ggc.py hold them against oracles in float64."""
     model, volume = selfcheck.example_network("modelB2")
-    target, explain = torch.tensor([0, 1]), selfcheck.MAPS[method]
-    exact = explain(copy.deepcopy(model).double(), volume.double(), target)
-    found = place.do(explain, model, volume, target)
+    found, exact = place.do(selfcheck.MAPS[method], model, volume, TARGET), reference(method, "B")
     assert (found - exact).norm() < selfcheck.TOLERANCES["maps", "fp32"] * exact.norm()
 
 

@@ -57,7 +57,8 @@ def test_block_equals_its_four_layers(case: Case, batch: int):
             found, cache = block.forward(inputs)
             assert difference(found, values.detach()) < ORACLE
             assert difference(block.backward(behind, cache), plain) < ORACLE
-            assert difference(block.backward(behind, cache, guided=True), guided) < ORACLE
+            found = block.backward(behind, cache, guided=True)  # all zero where a scan's few units are shut
+            assert (found - guided).abs().max() < ORACLE * plain.abs().max()
 
 
 def test_fold_by_hand():

@@ -78,7 +78,7 @@ class Cohort:
             InputError: naming every scan that cannot be used; or the cache has no room for them.
         """
         shape = (len(self.table), *self.grid.shape)
-        read = functools.partial(_decode_all, self.table, threads)
+        read = functools.partial(_decode_all, self.table, max(threads, 1))
         return ScanDataset(self.table, cache.fill(shape, _cache_key(self.table, self.grid), read))
 
 

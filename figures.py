@@ -9,8 +9,8 @@ import nibabel as nib
 import numpy as np
 import pandas as pd
 
+from brain_maps import UNTRAINED
 from internals import storage
-from overlap_scores import TWIN
 
 # Okabe and Ito's colours, told apart with any kind of colour vision; grey is left to the floors.
 COLOURS = ["#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000"]
@@ -25,6 +25,13 @@ def _pyplot() -> Any:
     import matplotlib.pyplot as plt
 
     return plt
+
+
+def _save(figure: Any, path: Path, dpi: int) -> None:
+    """Write a figure as PNG, and close it."""
+    with storage.atomic_write(path) as partial:
+        figure.savefig(partial, dpi=dpi)
+    _pyplot().close(figure)
 
 
 def best_row(losses: Sequence[float], delta: float) -> int:
@@ -53,9 +60,7 @@ def draw_training(histories: list[pd.DataFrame], delta: float, path: Path) -> No
     axes[0][0].set_ylim(bottom=0)  # shared, and set once all curves are there
     axes[0][-1].legend(frameon=False)
     figure.tight_layout()
-    with storage.atomic_write(path) as partial:
-        figure.savefig(partial, dpi=110)
-    plt.close(figure)
+    _save(figure, path, dpi=110)
 
 
 def draw_map(values: np.ndarray, background: np.ndarray, affine: np.ndarray, title: str, path: Path) -> None:
@@ -97,9 +102,7 @@ def draw_map(values: np.ndarray, background: np.ndarray, affine: np.ndarray, tit
     bar = figure.add_axes((0.92, 0.25, 0.015, 0.5))
     bar.set_title("attribution", fontsize=10)
     figure.colorbar(colours, cax=bar).formatter.set_powerlimits((-2, 2))
-    with storage.atomic_write(path) as partial:
-        figure.savefig(partial, dpi=110)
-    plt.close(figure)
+    _save(figure, path, dpi=110)
 
 
 def draw_overlap(table: pd.DataFrame, ranked: pd.DataFrame, curves: dict[str, Any], path: Path) -> None:
@@ -127,9 +130,7 @@ def draw_overlap(table: pd.DataFrame, ranked: pd.DataFrame, curves: dict[str, An
         known |= {label: handle for handle, label in zip(*axis.get_legend_handles_labels(), strict=True)}
     axes[0].set(ylabel="Dice with the reference", ylim=(0, None))
     figure.legend(known.values(), known, loc="outside lower center", ncols=-(-len(known) // 2), frameon=False)
-    with storage.atomic_write(path) as partial:
-        figure.savefig(partial, dpi=150)
-    plt.close(figure)
+    _save(figure, path, dpi=150)
 
 
 def _draw_thresholds(axis: Any, curves: dict[str, Any], ranked: pd.DataFrame, styles: dict[str, Any]) -> None:
@@ -157,19 +158,19 @@ def _draw_smoothing(axis: Any, table: pd.DataFrame, styles: dict[str, Any]) -> N
 
 
 def _draw_bars(axis: Any, names: list[str], ranked: pd.DataFrame, styles: dict[str, Any]) -> None:
-    """Best Dice of the mean map of each METHOD and of its untrained twin, and of single folds."""
+    """Best Dice of the mean map of each METHOD and of the untrained network, and of single folds."""
     untrained = {"facecolor": "white", "hatch": "////"}
     for place, method in enumerate(names):
-        twins = [name for name in (method, method + TWIN) if name in ranked.index]
-        for name, x in zip(twins, place + 0.4 * (np.arange(len(twins)) - (len(twins) - 1) / 2), strict=True):
+        bars = [name for name in (method, method + UNTRAINED) if name in ranked.index]
+        for name, x in zip(bars, place + 0.4 * (np.arange(len(bars)) - (len(bars) - 1) / 2), strict=True):
             row, colour = ranked.loc[name], styles[method]["color"]
-            look = untrained if name.endswith(TWIN) else {"facecolor": colour, "alpha": 0.75}
+            look = untrained if name.endswith(UNTRAINED) else {"facecolor": colour, "alpha": 0.75}
             axis.bar(x, row["dice"], 0.36, edgecolor=colour, **look)
             axis.hlines(row["random_dice"], x - 0.18, x + 0.18, **styles["random"])
             low, mean, high = row["dice_low"], row["dice_folds_mean"], row["dice_high"]
             label, ends = "single folds: mean, 95 % interval", [[mean - low], [high - mean]]
             axis.errorbar(x, mean, ends, fmt="o", color="black", markersize=3, capsize=3, lw=1, label=label)
-    if any(name.endswith(TWIN) for name in ranked.index):
+    if any(name.endswith(UNTRAINED) for name in ranked.index):
         axis.bar(0, 0, edgecolor="0.35", label="untrained network", **untrained)
     axis.axhline(ranked.loc["edges", "dice"], **styles["edges"])
     axis.set_xticks(range(len(names)), names, rotation=30, ha="right")

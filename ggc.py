@@ -4,8 +4,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from internals.folded import Network, check_arguments, norm_factor, through_relu, unpool
-from models import CNN3d, frozen
+from internals.folded import FoldedNetwork, batchnorm_scale, max_unpool, relu_backward
+from models import CNN3d, check_arguments, evaluation_mode
 
 
 def guided_gradcam(model: CNN3d, volume: Tensor, target: Tensor) -> Tensor:
@@ -29,21 +29,21 @@ def guided_gradcam(model: CNN3d, volume: Tensor, target: Tensor) -> Tensor:
         ValueError: shapes, dtypes or targets that do not fit.
     """
     check_arguments(model, volume, target)
-    with frozen(model), torch.no_grad():
-        network = Network(model, volume.shape[2:])
-        features, traces = volume, []
+    with evaluation_mode(model), torch.no_grad():
+        network = FoldedNetwork(model, volume.shape[2:])
+        features, caches = volume, []
         for block in network.blocks:
             last_inputs = features
-            features, trace = block.forward(features)
-            traces.append(trace)
+            features, cache = block.forward(features)
+            caches.append(cache)
         _, hidden = network.classify(features)
-        shape = features.shape
+        shape, last = features.shape, caches[-1]
 
-        gradient = through_relu(network.declassify(target, hidden, shape), traces[-1].outputs)
-        cam = _gradcam(model, last_inputs, unpool(gradient, traces[-1].winners, traces[-1].grid))
-        guided = network.declassify(target, hidden, shape, guided=True)
-        for block, trace in zip(reversed(network.blocks), reversed(traces), strict=True):
-            guided = block.backward(guided, trace, guided=True)
+        gradient = relu_backward(network.classifier_gradient(target, hidden, shape), last.outputs)
+        cam = _gradcam(model, last_inputs, max_unpool(gradient, last.max_indices, last.conv_shape))
+        guided = network.classifier_gradient(target, hidden, shape, guided=True)
+        for block, cache in zip(reversed(network.blocks), reversed(caches), strict=True):
+            guided = block.backward(guided, cache, guided=True)
         return guided * F.interpolate(cam, volume.shape[2:], mode="trilinear")
 
 
@@ -56,5 +56,5 @@ def _gradcam(model: CNN3d, inputs: Tensor, gradient: Tensor) -> Tensor:
         gradient: (B, n, X', Y', Z'), the target logit's gradient after its BatchNorm.
     """
     conv, norm, _, _ = model.blocks()[-1]
-    weights = gradient.mean((2, 3, 4)) * norm_factor(norm)  # (B, n)
+    weights = gradient.mean((2, 3, 4)) * batchnorm_scale(norm)  # (B, n)
     return F.relu(torch.einsum("bn,bnxyz->bxyz", weights, conv(inputs))).unsqueeze(1)

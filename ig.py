@@ -7,10 +7,18 @@ from torch import Tensor
 
 import utils
 from internals.devices import values_at_once
-from internals.folded import Network, check_arguments, in_slabs, pull, support, through_relu, unpool_and_pull
-from models import CNN3d, frozen
+from internals.folded import (
+    FoldedNetwork,
+    bounding_box,
+    convolve,
+    pool_in_slabs,
+    relu_backward,
+    transposed_convolution,
+    unpool_and_transpose,
+)
+from models import CNN3d, check_arguments, evaluation_mode
 
-CHUNK = 2**24  # values of the first block's output worked on at once on a CPU, 64 MiB in float32
+CHUNK = 2**24  # values of the first block's output that are computed at once on a CPU, 64 MiB in float32
 
 
 def integrated_gradients(
@@ -21,9 +29,10 @@ def integrated_gradients(
     map = (x - b) * 1/m sum_{j=0}^{m-1} dF/dx at b + (j/m)(x - b)      (their equation 3, left sum)
 
     On that line the first convolution is linear in alpha = j/m, so it is evaluated twice in all:
-    conv(b) and conv(x - b). From the zero baseline conv(b) = 0, and the winner of a pooling window
-    is the same for every alpha > 0; then each step starts on the pooled grid. The gradients at the
-    first convolution's output are summed over the steps and pulled back to the scan once.
+    conv(b) and conv(x - b). From the zero baseline conv(b) = 0, and the maximum of a pooling window
+    is at the same place for every alpha > 0; then each step starts on the pooled grid. The gradients
+    at the first convolution's output are summed over the steps; one transposed convolution of their
+    sum gives the gradient at the scan.
 
     Args:
         model: the network; evaluated in evaluation mode, left as found.
@@ -48,71 +57,73 @@ def integrated_gradients(
             f"baseline: expected {volume.dtype} {tuple(volume.shape)}, "
             f"got {baseline.dtype} {tuple(baseline.shape)}"
         )
-    with frozen(model), torch.no_grad():
-        box = support(volume) if baseline is None else support(volume, baseline)
-        network = Network(model, volume.shape[2:], box)
-        head = network.head
+    with evaluation_mode(model), torch.no_grad():
+        box = bounding_box(volume) if baseline is None else bounding_box(volume, baseline)
+        network = FoldedNetwork(model, volume.shape[2:], box)
+        box = network.input_box
         alphas = torch.arange(steps, device=volume.device, dtype=volume.dtype) / steps
         if baseline is None:
             difference = volume
-            gradient = _from_zero(network, volume[:, :, *head], target, alphas)
+            gradient = _sum_from_zero(network, volume[:, :, *box], target, alphas)
         else:
             difference = volume - baseline
-            gradient = _from_baseline(network, difference[:, :, *head], baseline[:, :, *head], target, alphas)
+            line = difference[:, :, *box], baseline[:, :, *box]
+            gradient = _sum_from_baseline(network, *line, target, alphas)
         result = torch.zeros_like(volume)
-        result[:, :, *head] = gradient * difference[:, :, *head] / steps
+        result[:, :, *box] = gradient * difference[:, :, *box] / steps
         return result
 
 
-def _from_zero(network: Network, volume: Tensor, target: Tensor, alphas: Tensor) -> Tensor:
+def _sum_from_zero(network: FoldedNetwork, volume: Tensor, target: Tensor, alphas: Tensor) -> Tensor:
     """Sum over the steps of the gradient at the scan, (B, 1, X, Y, Z), from the zero baseline."""
     block = network.blocks[0]
-    grid = block.grid(volume.shape[2:])
+    conv_shape = block.conv_shape(volume.shape[2:])
 
-    # At alpha = 0 the image is blank and all windows tied: their winners are a constant's.
-    blank, blank_winners = block.pool(volume.new_zeros(1, 1, *grid))
+    # At alpha = 0 the image is blank and all windows are tied: their maxima are where a constant has them.
+    blank, blank_indices = block.pool(volume.new_zeros(1, 1, *conv_shape))
     blank = blank.expand(len(target), len(block.shift), -1, -1, -1)
     first = _pooled_gradient(network, block.activate(blank), target)
-    total = unpool_and_pull(first, blank_winners.expand(blank.shape), grid, block.weight, block.window)
+    total = unpool_and_transpose(
+        first, blank_indices.expand(blank.shape), conv_shape, block.weight, block.window
+    )
 
-    pooled, winners = block.convolve_and_pool(volume)
+    pooled, max_indices = block.convolve_and_pool(volume)
     summed = torch.zeros_like(pooled)
-    for some in _chunks(alphas[1:], pooled):
-        features = block.activate(pooled, some)  # (S * B, n, x, y, z)
+    for chunk in _chunks(alphas[1:], pooled):
+        features = block.activate(pooled, chunk)  # (S * B, n, x, y, z)
         for gradient in _pooled_gradient(network, features, target).split(len(target)):
             summed += gradient
-    return total.add_(unpool_and_pull(summed, winners, grid, block.weight, block.window))
+    return total.add_(unpool_and_transpose(summed, max_indices, conv_shape, block.weight, block.window))
 
 
-def _from_baseline(
-    network: Network, difference: Tensor, baseline: Tensor, target: Tensor, alphas: Tensor
+def _sum_from_baseline(
+    network: FoldedNetwork, difference: Tensor, baseline: Tensor, target: Tensor, alphas: Tensor
 ) -> Tensor:
-    """The same from another baseline, where winners change from step to step."""
+    """The same from another baseline, where the maxima move from step to step."""
     block = network.blocks[0]
-    start, slope = block.convolve(baseline), block.convolve(difference)  # (B, n, X', Y', Z')
+    start, slope = convolve(baseline, block.weight), convolve(difference, block.weight)  # (B, n, X', Y', Z')
     total = torch.zeros_like(slope)
 
     def pool(rows: slice) -> tuple[Tensor, ...]:
-        return block.pool(torch.addcmul(start[:, :, rows], slope[:, :, rows], some))
+        return block.pool(torch.addcmul(start[:, :, rows], slope[:, :, rows], chunk))
 
-    for some in _chunks(alphas, slope):
-        pooled, winners = in_slabs(
-            pool, slope.shape[2:], block.window, len(some) * total.shape[0] * total.shape[1], total.device
-        )
+    for chunk in _chunks(alphas, slope):
+        channels = len(chunk) * total.shape[0] * total.shape[1]
+        pooled, max_indices = pool_in_slabs(pool, slope.shape[2:], block.window, channels, total.device)
         gradient = _pooled_gradient(network, block.activate(pooled), target)
-        for part, where in zip(gradient.split(len(target)), winners.split(len(target)), strict=True):
-            total.flatten(2).scatter_add_(2, where.flatten(2), part.flatten(2))
-    return pull(total, block.weight)
+        for part, indices in zip(gradient.split(len(target)), max_indices.split(len(target)), strict=True):
+            total.flatten(2).scatter_add_(2, indices.flatten(2), part.flatten(2))
+    return transposed_convolution(total, block.weight)
 
 
-def _pooled_gradient(network: Network, features: Tensor, target: Tensor) -> Tensor:
-    """Gradient of the logits before the first relu, (S * B, n, x, y, z), for S steps of B scans."""
+def _pooled_gradient(network: FoldedNetwork, features: Tensor, target: Tensor) -> Tensor:
+    """Gradient of the logits before the first ReLU, (S * B, n, x, y, z), for S steps of B scans."""
     target = target.repeat(len(features) // len(target))
-    return through_relu(network.gradient(features, target), features)
+    return relu_backward(network.gradient(features, target), features)
 
 
 def _chunks(alphas: Tensor, values: Tensor) -> Iterable[Tensor]:
-    """Steps to take at once, (S, 1, 1, 1, 1): those of one small scan keep the processor busier together."""
+    """Steps to take at once, (S, 1, 1, 1, 1): several for a single small scan, else one."""
     size = max(1, values_at_once(values.device, CHUNK) // values.numel()) if len(values) == 1 else 1
     parts = [alphas[i : i + size].view(-1, 1, 1, 1, 1) for i in range(0, len(alphas), size)]
     return utils.progress(parts, desc="IG steps", leave=False)

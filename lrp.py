@@ -6,17 +6,17 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from internals.devices import to_memory_format
 from internals.folded import (
-    Network,
-    at_winners,
-    check_arguments,
+    FoldedNetwork,
+    bounding_box,
     convolve,
-    in_slabs,
-    support,
-    unpool_and_pull,
+    gather_at_maxima,
+    pool_in_slabs,
+    unpool_and_transpose,
     with_halo,
 )
-from models import CLASSES, BlockLayers, CNN3d, frozen, in_layout
+from models import CLASSES, BlockLayers, CNN3d, check_arguments, evaluation_mode
 
 
 def lrp(model: CNN3d, volume: Tensor, target: Tensor, beta: float = 0.5, epsilon: float = 1e-6) -> Tensor:
@@ -30,7 +30,7 @@ def lrp(model: CNN3d, volume: Tensor, target: Tensor, beta: float = 0.5, epsilon
         model: the network; evaluated in evaluation mode, left as found.
         volume: (B, 1, X, Y, Z), scans.
         target: int64 (B,), the logit to explain, per scan.
-        beta: weight of inhibiting contributions; the exciting ones weigh 1 + beta.
+        beta: weight of negative contributions; positive ones weigh alpha = 1 + beta.
         epsilon: stabiliser of the denominators.
 
     Returns:
@@ -41,32 +41,32 @@ def lrp(model: CNN3d, volume: Tensor, target: Tensor, beta: float = 0.5, epsilon
         ValueError: shapes, dtypes or targets that do not fit.
     """
     check_arguments(model, volume, target)
-    with frozen(model), torch.no_grad():
-        network = Network(model, volume.shape[2:], support(volume))
-        values, rules = volume[:, :, *network.head], []
-        for layers, margin in zip(model.blocks(), network.margins, strict=True):
-            rules.append(BlockRule(layers, values, beta, epsilon))
-            values = margin.pad(rules[-1].forward())
+    with evaluation_mode(model), torch.no_grad():
+        network = FoldedNetwork(model, volume.shape[2:], bounding_box(volume))
+        values, blocks = volume[:, :, *network.input_box], []
+        for layers, padding in zip(model.blocks(), network.paddings, strict=True):
+            blocks.append(AlphaBetaBlock(layers, values, beta, epsilon))
+            values = padding.pad(blocks[-1].forward())
         hidden, output = model.linears()
-        linear = [BetaRule(hidden, values.flatten(1), beta, epsilon)]
-        linear.append(BetaRule(output, F.relu(linear[0].forward()), beta, epsilon))
-        logits = linear[1].forward()
+        linears = [AlphaBetaRule(hidden, values.flatten(1), beta, epsilon)]
+        linears.append(AlphaBetaRule(output, F.relu(linears[0].forward()), beta, epsilon))
+        logits = linears[1].forward()
 
         relevance = logits * F.one_hot(target, CLASSES)  # (B, 2)
-        for rule in reversed(linear):
+        for rule in reversed(linears):
             relevance = rule.backward(relevance)
-        relevance = in_layout(relevance.view(values.shape))
-        for block, margin in zip(reversed(rules), reversed(network.margins), strict=True):
-            relevance = block.backward(margin.crop(relevance))
+        relevance = to_memory_format(relevance.view(values.shape))
+        for block, padding in zip(reversed(blocks), reversed(network.paddings), strict=True):
+            relevance = block.backward(padding.crop(relevance))
         result = torch.zeros_like(volume)
-        result[:, :, *network.head] = relevance
+        result[:, :, *network.input_box] = relevance
         return result
 
 
-class BetaRule:
-    """The beta rule for one linear layer and the inputs it read.
+class AlphaBetaRule:
+    """The alpha-beta rule, alpha = 1 + beta, for one linear layer and the inputs it read.
 
-    Exciting and inhibiting parts come from one layer with twice the units,
+    Positive and negative contributions z+ and z- come from one layer with twice the units,
     z = [z+, z-]: with a >= 0, z+ = a * w+ and z- = a * w-. Where a has negative values its positive
     and negative parts become twice the inputs, z+ = a+ * w+ + a- * w- and
     z- = a+ * w- + a- * w+. Either way z+ + z- + bias is the layer's output.
@@ -74,62 +74,63 @@ class BetaRule:
 
     def __init__(self, layer: nn.Linear | nn.Conv3d, inputs: Tensor, beta: float, epsilon: float) -> None:
         self.bias, self.beta, self.epsilon = cast(Tensor, layer.bias), beta, epsilon
-        exciting, inhibiting = layer.weight.clamp(min=0), layer.weight.clamp(max=0)
+        w_plus, w_minus = layer.weight.clamp(min=0), layer.weight.clamp(max=0)
         self.inputs = inputs
-        self.weight = torch.cat([exciting, inhibiting])  # (2n, C, k, k, k) or (2n, C)
-        self.signed = bool((inputs < 0).any())
-        if self.signed:
+        self.weight = torch.cat([w_plus, w_minus])  # (2n, C, k, k, k) or (2n, C)
+        self.signed_inputs = bool((inputs < 0).any())
+        if self.signed_inputs:
             self.inputs = torch.cat([inputs.clamp(min=0), inputs.clamp(max=0)], 1)
-            self.weight = torch.cat([self.weight, torch.cat([inhibiting, exciting])], 1)
+            self.weight = torch.cat([self.weight, torch.cat([w_minus, w_plus])], 1)
 
     def forward(self) -> Tensor:
-        """The layer's output; its exciting and inhibiting parts are kept for the way back."""
-        self.exciting, self.inhibiting = F.linear(self.inputs, self.weight).chunk(2, 1)
-        return self.exciting + self.inhibiting + self.bias
+        """The layer's output; its positive and negative contributions are kept for `backward`."""
+        self.positive, self.negative = F.linear(self.inputs, self.weight).chunk(2, 1)
+        return self.positive + self.negative + self.bias
 
     def backward(self, relevance: Tensor) -> Tensor:
         """Relevance of the layer's outputs -> of its inputs."""
-        excited, inhibited = self.exciting > 0, self.inhibiting < 0
-        both = excited & inhibited  # a unit with one part alone gets all its relevance through that one
-        shares = [
-            relevance * torch.where(both, 1 + self.beta, 1.0) / (self.exciting + self.epsilon),
-            relevance * torch.where(both, -self.beta, 1.0) / (self.inhibiting - self.epsilon),
-        ]
-        share = torch.cat([torch.where(excited, shares[0], 0), torch.where(inhibited, shares[1], 0)], 1)
-        relevance = self.inputs * self.pull(share)
-        if self.signed:
-            positive, negative = relevance.chunk(2, 1)
-            relevance = positive + negative
+        has_positive, has_negative = self.positive > 0, self.negative < 0
+        both = has_positive & has_negative  # a unit with only one of them passes all its relevance there
+        alpha, beta = torch.where(both, 1 + self.beta, 1.0), torch.where(both, -self.beta, 1.0)
+        positive = torch.where(has_positive, relevance * alpha / (self.positive + self.epsilon), 0)
+        negative = torch.where(has_negative, relevance * beta / (self.negative - self.epsilon), 0)
+        relevance = self.inputs * self.transposed(torch.cat([positive, negative], 1))
+        if self.signed_inputs:
+            of_plus, of_minus = relevance.chunk(2, 1)
+            relevance = of_plus + of_minus
         return relevance
 
-    def pull(self, share: Tensor) -> Tensor:
-        """From the layer's 2n parts to its inputs, by the transposed weights."""
-        return share @ self.weight
+    def transposed(self, ratio: Tensor) -> Tensor:
+        """The transposed layer: from its 2n units to its inputs."""
+        return ratio @ self.weight
 
 
-class BlockRule(BetaRule):
-    """The beta rule for a block's convolution; only the units that win their pool have relevance."""
+class AlphaBetaBlock(AlphaBetaRule):
+    """The alpha-beta rule for a block's convolution; only the maxima of its pool have relevance."""
 
     def __init__(self, layers: BlockLayers, inputs: Tensor, beta: float, epsilon: float) -> None:
         super().__init__(layers.conv, inputs, beta, epsilon)
         self.layers, self.window = layers, cast(int, layers.pool.kernel_size)
-        self.grid = torch.Size(edge - self.weight.shape[2] + 1 for edge in inputs.shape[2:])
+        self.conv_shape = torch.Size(edge - self.weight.shape[2] + 1 for edge in inputs.shape[2:])
 
     def forward(self) -> Tensor:
-        """The block's output (B, n, x, y, z); both parts of the winners are kept."""
-        filters = len(self.inputs) * len(self.weight)
-        results = in_slabs(self._forward, self.grid, self.window, filters, self.inputs.device)
-        self.exciting, self.inhibiting, outputs, self.winners = results
+        """The block's output (B, n, x, y, z); both contributions of the maxima are kept."""
+        channels = len(self.inputs) * len(self.weight)
+        results = pool_in_slabs(
+            self._forward_slab, self.conv_shape, self.window, channels, self.inputs.device
+        )
+        self.positive, self.negative, outputs, self.max_indices = results
         return outputs
 
-    def _forward(self, rows: slice) -> tuple[Tensor, ...]:
-        """Exciting and inhibiting parts of the winners, the block's output, and the winners, of a slab."""
-        exciting, inhibiting = convolve(with_halo(self.inputs, rows, self.weight), self.weight).chunk(2, 1)
-        values = self.layers.norm(exciting + inhibiting + self.bias.view(-1, 1, 1, 1)).relu_()
-        outputs, winners = F.max_pool3d(values, self.window, return_indices=True)
-        return at_winners(exciting, winners), at_winners(inhibiting, winners), outputs, winners
+    def _forward_slab(self, rows: slice) -> tuple[Tensor, ...]:
+        """For some rows: both contributions of the maxima, the block's output, the maxima's indices."""
+        positive, negative = convolve(with_halo(self.inputs, rows, self.weight), self.weight).chunk(2, 1)
+        values = self.layers.norm(positive + negative + self.bias.view(-1, 1, 1, 1)).relu_()
+        outputs, max_indices = F.max_pool3d(values, self.window, return_indices=True)
+        contributions = [gather_at_maxima(part, max_indices) for part in (positive, negative)]
+        return *contributions, outputs, max_indices
 
-    def pull(self, share: Tensor) -> Tensor:
-        """From the winners' 2n parts to the convolution's inputs."""
-        winners = torch.cat([self.winners, self.winners], 1)
-        return unpool_and_pull(share, winners, self.grid, self.weight, self.window)
+    def transposed(self, ratio: Tensor) -> Tensor:
+        """From the maxima's 2n units to the convolution's inputs."""
+        max_indices = torch.cat([self.max_indices, self.max_indices], 1)
+        return unpool_and_transpose(ratio, max_indices, self.conv_shape, self.weight, self.window)

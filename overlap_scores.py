@@ -3,8 +3,6 @@
 import itertools
 import math
 import os
-from collections.abc import Callable, Collection
-from multiprocessing.pool import ThreadPool
 from typing import Any
 
 import nibabel as nib
@@ -14,14 +12,13 @@ from nilearn.image import smooth_img
 from scipy import ndimage
 
 import utils
+from brain_maps import UNTRAINED, Maps
 
-TWIN = "-random"  # METHOD-random holds the maps of untrained networks
 DIFFERENCES = {"dice": "minus_untrained", "dice_matched": "minus_untrained_matched"}
 THRESHOLDS = 50
-DRAWS = 10_000  # of the folds
+BOOTSTRAP_DRAWS = 10_000  # of the folds
 NOISE_DRAWS = 100
-
-Maps = dict[tuple[str, str], np.ndarray]  # by method and fold, "0" ... "k-1" or "all": magnitudes, (V,)
+THREADS = min(4, os.cpu_count() or 1)  # smoothing and sorting leave Python's lock alone
 
 
 # Overlap -----------------------------------------------------------------------------------------
@@ -40,11 +37,11 @@ def dice_curve(values: np.ndarray, reference: np.ndarray) -> tuple[np.ndarray, n
     return _dice_curve(np.sort(values), np.sort(values[reference]))
 
 
-def _dice_curve(every: np.ndarray, hit: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+def _dice_curve(ordered: np.ndarray, in_reference: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """`dice_curve` of all values and those in the reference, each sorted."""
-    thresholds = np.linspace(float(every[0]), float(every[-1]), THRESHOLDS)
-    taken, true = (len(part) - np.searchsorted(part, thresholds) for part in (every, hit))
-    return thresholds, 2 * true / (taken + len(hit))
+    thresholds = np.linspace(float(ordered[0]), float(ordered[-1]), THRESHOLDS)
+    positive, true = (len(part) - np.searchsorted(part, thresholds) for part in (ordered, in_reference))
+    return thresholds, 2 * true / (positive + len(in_reference))
 
 
 def overlap_scores(values: np.ndarray, reference: np.ndarray) -> dict[str, float]:
@@ -62,30 +59,31 @@ def overlap_scores(values: np.ndarray, reference: np.ndarray) -> dict[str, float
         auc: area under the ROC curve (Mann and Whitney's statistic with mean ranks).
         average_precision: mean over the reference's voxels of the precision at their value.
     """
-    every, hit = np.sort(values), np.sort(values[reference])
-    thresholds, dice = _dice_curve(every, hit)
-    best, v, k = int(np.argmax(dice)), len(every), len(hit)
-    below, upto = (np.searchsorted(every, hit, side) for side in ("left", "right"))
+    ordered, in_reference = np.sort(values), np.sort(values[reference])
+    thresholds, dice = _dice_curve(ordered, in_reference)
+    best, v, k = int(np.argmax(dice)), len(ordered), len(in_reference)
+    below, upto = (np.searchsorted(ordered, in_reference, side) for side in ("left", "right"))
     rank_sum = float((below + 1 + upto).sum()) / 2
-    precision = (k - np.searchsorted(hit, hit)) / (v - below)
-    cut = every[v - k]  # the k-th largest value
-    above, hit_above = (len(part) - int(np.searchsorted(part, cut, "right")) for part in (every, hit))
-    tied, hit_tied = (
-        int(np.searchsorted(part, cut, "right") - np.searchsorted(part, cut)) for part in (every, hit)
+    precision = (k - np.searchsorted(in_reference, in_reference)) / (v - below)
+    cut = ordered[v - k]  # the k-th largest value
+    above, true = (len(part) - int(np.searchsorted(part, cut, "right")) for part in (ordered, in_reference))
+    tied, true_tied = (
+        int(np.searchsorted(part, cut, "right") - np.searchsorted(part, cut))
+        for part in (ordered, in_reference)
     )
     return {
         "dice": float(dice[best]),
         "threshold": float(thresholds[best]),
-        "percent_of_max": float(100 * thresholds[best] / every[-1]) if every[-1] else math.nan,
+        "percent_of_max": float(100 * thresholds[best] / ordered[-1]) if ordered[-1] else math.nan,
         "dice_floor": float(dice[0]),
-        "dice_matched": (hit_above + hit_tied * (k - above) / tied) / k,
+        "dice_matched": (true + true_tied * (k - above) / tied) / k,
         "auc": (rank_sum - k * (k + 1) / 2) / (k * (v - k)),
         "average_precision": float(precision.mean()),
     }
 
 
-class Brain:
-    """The voxels that are compared, smoothing among them, and the smoothness of what lies on them.
+class BrainMask:
+    """The voxels of the brain, smoothing among them, and the smoothness of what lies on them.
 
     Args:
         mask: (X, Y, Z) bool.
@@ -93,9 +91,9 @@ class Brain:
     """
 
     def __init__(self, mask: np.ndarray, affine: np.ndarray) -> None:
-        self.mask = mask[ndimage.find_objects(mask.astype(np.uint8))[0]]
+        self.mask = mask[ndimage.find_objects(mask.astype(np.uint8))[0]]  # without the empty border
         self.affine = affine
-        self.voxel = nib.affines.voxel_sizes(affine)  # mm
+        self.voxel_sizes = nib.affines.voxel_sizes(affine)  # mm
         self._weights: dict[float, np.ndarray] = {}
 
     def smooth(self, values: np.ndarray, fwhm: float) -> np.ndarray:
@@ -113,7 +111,7 @@ class Brain:
 
     def _blur(self, values: np.ndarray, fwhm: float) -> np.ndarray:
         # nilearn mirrors at the border; with a margin of one FWHM no kernel (1.7 FWHM) reaches its mirror.
-        mask = np.pad(self.mask, [(n, n) for n in np.ceil(fwhm / self.voxel).astype(int)])
+        mask = np.pad(self.mask, [(n, n) for n in np.ceil(fwhm / self.voxel_sizes).astype(int)])
         volume = np.zeros(mask.shape, np.float32)
         volume[mask] = values
         return np.asarray(smooth_img(nib.Nifti1Image(volume, self.affine), fwhm).dataobj)[mask]
@@ -130,7 +128,7 @@ class Brain:
         volume = np.zeros(self.mask.shape, np.float32)
         volume[self.mask] = values
         product = 1.0
-        for axis, size in enumerate(self.voxel):
+        for axis, size in enumerate(self.voxel_sizes):
             mask, field = np.moveaxis(self.mask, axis, 0), np.moveaxis(volume, axis, 0)
             both = mask[1:] & mask[:-1]
             steps = np.square((field[1:] - field[:-1]) * both).sum(dtype=np.float64) / both.sum()
@@ -139,7 +137,7 @@ class Brain:
         return product ** (1 / 3)
 
 
-def score_maps(maps: Maps, reference: np.ndarray, brain: Brain, levels: list[float]) -> pd.DataFrame:
+def score_maps(maps: Maps, reference: np.ndarray, brain: BrainMask, levels: list[float]) -> pd.DataFrame:
     """Score every map at every FWHM: columns method, fold, fwhm_mm, `overlap_scores`, smoothness_mm.
 
     Smoothed are magnitudes: the signs of guided maps alternate from voxel to voxel and would cancel.
@@ -151,19 +149,14 @@ def score_maps(maps: Maps, reference: np.ndarray, brain: Brain, levels: list[flo
         about = {"method": method, "fold": fold, "fwhm_mm": fwhm}
         return about | overlap_scores(values, reference) | {"smoothness_mm": brain.smoothness(values)}
 
-    return pd.DataFrame(in_threads(score, list(itertools.product(maps, levels)), "maps"))
-
-
-def in_threads(work: Callable[[Any], Any], items: Collection[Any], name: str) -> list[Any]:
-    """Apply `work` to every item, in order; smoothing and sorting leave Python's lock alone."""
-    with ThreadPool(min(4, os.cpu_count() or 1)) as pool:
-        return list(utils.progress(pool.imap(work, items), len(items), desc=name))
+    jobs = list(itertools.product(maps, levels))
+    return pd.DataFrame(utils.in_threads(score, jobs, "maps", THREADS))
 
 
 # Floors and intervals ----------------------------------------------------------------------------
 
 
-def random_floor(reference: np.ndarray, brain: Brain, largest: float, seed: int) -> pd.DataFrame:
+def random_floor(reference: np.ndarray, brain: BrainMask, largest: float, seed: int) -> pd.DataFrame:
     """What random maps reach: 100 draws of white noise in the mask, smoother from row to row.
 
     The noise stands for the smoothed magnitude, not for the map: its smoothness is the one measured
@@ -176,12 +169,12 @@ def random_floor(reference: np.ndarray, brain: Brain, largest: float, seed: int)
     Returns:
         Columns smoothness_mm (mean of the draws, rising), dice and dice_matched (95th percentiles).
     """
-    rungs = [0.0]  # FWHM in mm
-    while rungs[-1] < 1.25 * largest:
-        rungs.append(rungs[-1] + max(float(brain.voxel.mean()), rungs[-1] / 4))
-    steps = np.sqrt(np.diff(np.square(rungs), prepend=0))  # Gaussians one after the other add in squares
+    levels = [0.0]  # FWHM in mm
+    while levels[-1] < 1.25 * largest:
+        levels.append(levels[-1] + max(float(brain.voxel_sizes.mean()), levels[-1] / 4))
+    steps = np.sqrt(np.diff(np.square(levels), prepend=0))  # Gaussians one after the other add in squares
 
-    def climb(draw: int) -> list[list[float]]:
+    def score_noise(draw: int) -> list[list[float]]:
         noise = np.random.default_rng([seed, draw]).standard_normal(len(reference), dtype=np.float32)
         rows = []
         for step in steps:
@@ -190,7 +183,8 @@ def random_floor(reference: np.ndarray, brain: Brain, largest: float, seed: int)
             rows.append([brain.smoothness(noise), scores["dice"], scores["dice_matched"]])
         return rows
 
-    drawn = np.array(in_threads(climb, range(NOISE_DRAWS), "random maps"))  # (draws, rungs, 3)
+    drawn = np.array(utils.in_threads(score_noise, range(NOISE_DRAWS), "random maps", THREADS))
+    # (draws, levels, 3)
     dice, matched = np.percentile(drawn[..., 1:], 95, axis=0).T
     return pd.DataFrame({"smoothness_mm": drawn[..., 0].mean(0), "dice": dice, "dice_matched": matched})
 
@@ -219,7 +213,7 @@ def bootstrap_interval(values: np.ndarray, seed: int) -> tuple[np.ndarray, np.nd
         Lower and upper end, (...).
     """
     k = values.shape[-1]
-    draws = np.random.default_rng(seed).integers(k, size=(DRAWS, k))
+    draws = np.random.default_rng(seed).integers(k, size=(BOOTSTRAP_DRAWS, k))
     low, high = np.percentile(values[..., draws].mean(-1), [2.5, 97.5], axis=-1)
     return low, high
 
@@ -235,9 +229,9 @@ def add_intervals(table: pd.DataFrame, seed: int) -> pd.DataFrame:
     columns: dict[str, np.ndarray] = {}
     for score, difference in DIFFERENCES.items():
         folds = fold_scores(table, score)
-        untrained = folds[folds.index.get_level_values("method").str.endswith(TWIN)]
-        untrained = untrained.rename(lambda name: name.removesuffix(TWIN), level="method")
-        gain = folds - untrained.reindex(folds.index)  # NaN without an untrained twin
+        untrained = folds[folds.index.get_level_values("method").str.endswith(UNTRAINED)]
+        untrained = untrained.rename(lambda name: name.removesuffix(UNTRAINED), level="method")
+        gain = folds - untrained.reindex(folds.index)  # NaN where there is no untrained network
         for name, mean, part in ((score, f"{score}_folds_mean", folds), (difference, difference, gain)):
             low, high = bootstrap_interval(part.to_numpy(), seed)
             columns |= {mean: part.mean(axis=1).to_numpy(), f"{name}_low": low, f"{name}_high": high}
@@ -251,15 +245,15 @@ def add_intervals(table: pd.DataFrame, seed: int) -> pd.DataFrame:
 def rank(table: pd.DataFrame, fwhm: float, seed: int) -> pd.DataFrame:
     """The mean maps and floors at one smoothing, by falling Dice; each METHOD compared with the next.
 
-    Adds edges_dice, the Dice of the edge filter, and for METHODs that another follows (untrained twins
-    and floors aside) difference, the mean over folds of its Dice minus the other's, with its interval,
-    and than_the_next: "better" where that interval lies above zero, else "not separated".
+    Adds edges_dice, the Dice of the edge filter, and for METHODs that another follows (untrained
+    networks and floors aside) difference, the mean over folds of its Dice minus the other's, with its
+    interval, and than_the_next: "better" where that interval lies above zero, else "not separated".
     """
     at = table[table["fwhm_mm"] == fwhm]
     ranked = at[at["fold"] == "all"].sort_values("dice", ascending=False, kind="stable", ignore_index=True)
     ranked["edges_dice"] = ranked.loc[ranked["method"] == "edges", "dice"].item()
     folds = fold_scores(at, "dice").droplevel("fwhm_mm")
-    trained = [name for name in ranked["method"] if name in folds.index and not name.endswith(TWIN)]
+    trained = [name for name in ranked["method"] if name in folds.index and not name.endswith(UNTRAINED)]
     compared = ["difference", "difference_low", "difference_high", "than_the_next"]
     ranked = ranked.reindex(columns=[*ranked, *compared]).astype({"than_the_next": object})
     for name, following in itertools.pairwise(trained):

@@ -1,6 +1,6 @@
 """A training run that a command goes on from: its cohort, its model and its networks."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import zip_longest
 from pathlib import Path
@@ -9,7 +9,6 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import torch
-from internals.checkpoints import load_weights
 from torch.optim.swa_utils import update_bn
 
 import dataset
@@ -17,6 +16,7 @@ import models
 import utils
 from dataset import Cohort
 from internals import storage, tables
+from internals.checkpoints import load_weights
 from internals.errors import InputError, blaming
 
 ROLES = {role: role for role in ("train", "val", "test")}
@@ -48,11 +48,12 @@ def new_network(model: str, grid: dataset.Grid) -> models.CNN3d:
 # Networks ----------------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True)
 class TrainedNetworks:
     """The networks of a run's folds, with the weights of their best epochs."""
 
-    run: Run
+    def __init__(self, run: Run) -> None:
+        self.run = run
+        self._digests: dict[int, str | None] = {}
 
     def check(self, folds: Sequence[int]) -> None:
         """Raise InputError where the network cannot be built, or some folds' weights cannot be loaded."""
@@ -61,14 +62,20 @@ class TrainedNetworks:
             load_weights(model, self.run.checkpoint(fold), torch.device("cpu"))
 
     def digest(self, fold: int) -> str | None:
-        """What tells a fold's weights from others; None where there are none."""
+        """SHA-256 of a fold's weights, as they were at first sight; None where there are none."""
         path = self.run.checkpoint(fold)
-        return storage.file_sha256(path) if path.exists() else None
+        if fold not in self._digests:
+            self._digests[fold] = storage.file_sha256(path) if path.exists() else None
+        return self._digests[fold]
 
     def load(self, fold: int, scans: dataset.ScanDataset, device: torch.device) -> models.CNN3d:
-        """The network of a fold, in evaluation mode."""
+        """The network of a fold, in evaluation mode; InputError where its weights changed meanwhile."""
+        path = self.run.checkpoint(fold)
         model = models.build_model(self.run.model, self.run.cohort.grid.shape)
-        return load_weights(model, self.run.checkpoint(fold), device)
+        model = load_weights(model, path, device)
+        if storage.file_sha256(path) != self.digest(fold):
+            raise InputError(f"{self.run.folder}: the weights of fold {fold} changed meanwhile")
+        return model
 
     def about(self) -> dict[str, Any]:
         """What the record says of the networks."""
@@ -170,7 +177,7 @@ def find_cohort(folder: Path, csv: Path | None, folding: dict[str, Any]) -> tupl
 def recorded_folding(folder: Path) -> dict[str, Any]:
     """The arguments of a run that made its folds, from run.json: the keys of FOLDING."""
     record = storage.read_json(folder / "run.json")
-    valid = {
+    valid: dict[str, tuple[Any, Callable[[Any], bool]]] = {
         "fold": (int, lambda k: k >= 2),
         "split": (str, lambda name: name in dataset.SPLITS),
         "val_fraction": ((int, float), lambda part: 0 < part < 1),

@@ -22,9 +22,9 @@ from lrp import lrp
 
 BATCH = 2
 FORWARD, GRADIENTS = "forward pass", "training gradients"
-# The largest `difference` that passes. Sums of a few thousand products lose a few of the format's digits (24
-# bits in fp32, 11 in tf32, 8 in bf16). In maps and gradients more is lost, as another voxel wins where two of
-# a pool's window nearly tie; a gradient that is missing, or nothing but noise, is off by 1 or more.
+# The largest relative difference that passes. Sums of a few thousand products lose a few of the format's bits
+# (24 in fp32, 11 in tf32, 8 in bf16). Maps and gradients lose more: where two voxels of a pool's window
+# nearly tie, rounding decides which is the maximum. A gradient that is missing or noise is off by 1 or more.
 TOLERANCES = {
     (FORWARD, "fp32"): 1e-4,
     (FORWARD, "tf32"): 0.01,
@@ -34,7 +34,6 @@ TOLERANCES = {
     (GRADIENTS, "tf32"): 0.4,
     (GRADIENTS, "bf16"): 0.9,
 }
-Work = Callable[[models.CNN3d, Tensor, Tensor], Tensor]  # of a network, scans and their labels or targets
 
 
 class Check(NamedTuple):
@@ -44,36 +43,36 @@ class Check(NamedTuple):
     work: str
     precision: str
     tolerance: float
-    difference: float  # |found - exact| / |exact|, see `difference`
+    difference: float  # see `relative_difference`
     seconds: float
     bytes: int  # the most that was allocated on a CUDA device, else 0
-    problem: str = ""  # what it ended with, where it did not end with a result
+    problem: str = ""  # the error, where there was no result
 
     @property
-    def right(self) -> bool:
-        """Whether the difference is a number, and tolerable."""
+    def passed(self) -> bool:
+        """Whether the difference is a number, and within the tolerance."""
         return self.difference <= self.tolerance
 
 
 def open_device(name: str, precision: str = "fp32") -> torch.device:
-    """Resolve `--device`, set its precision, and warn on stderr of what is known to be wrong with it.
+    """Resolve `--device`, set its precision, and warn on stderr of its known faults.
 
     On MPS a small network is computed first, as PyTorch's 3D convolutions have returned wrong values there
-    without a word.
+    without any error.
 
     Raises:
         InputError: no such device, not this precision, or MPS computes something else than the CPU.
     """
     device = devices.resolve_device(name)
     if device.type == "mps":
-        require_right(device, precision)
+        require_correct(device, precision)
     devices.set_precision(device, precision)
     for fault in devices.known_faults(device, precision):
         print(f"warning: {fault}; `make device` checks this machine", file=sys.stderr)
     return device
 
 
-def require_right(device: torch.device, precision: str = "fp32") -> None:
+def require_correct(device: torch.device, precision: str = "fp32") -> None:
     """Raise InputError unless the smallest network computes on a device what it does on the CPU."""
     found = list(checks(device, "modelB2", sorted({"fp32", precision})))
     for check in found:
@@ -81,7 +80,7 @@ def require_right(device: torch.device, precision: str = "fp32") -> None:
             raise InputError(
                 f"--device {device}: cannot run the networks ({check.problem}); use --device cpu"
             )
-    wrong = ", ".join(f"{check.work} off by {check.difference:.2g}" for check in found if not check.right)
+    wrong = ", ".join(f"{check.work} off by {check.difference:.2g}" for check in found if not check.passed)
     if wrong:
         raise InputError(
             f"--device {device}: PyTorch {torch.__version__} computes wrong values there ({wrong}); "
@@ -100,85 +99,58 @@ def checks(device: torch.device, name: str, precisions: list[str]) -> Iterator[C
     Yields:
         A `Check` for each piece of work. Every one is done twice, and the second time is timed.
     """
-    edge = models.smallest_edge(models.parse_name(name)[0])
-    model, volume = lively_network(name, (edge, edge + 1, edge + 2))
+    model, volume = example_network(name)
     target = torch.arange(BATCH) % models.CLASSES
-    exact, wide = copy.deepcopy(model).double(), volume.double()
-    there = copy.deepcopy(model).to(device).to(memory_format=models.layout(device))  # type: ignore[call-overload]
-    scans, wanted = volume.to(device), target.to(device)
+    exact = copy.deepcopy(model).double(), volume.double(), target
+    model = model.to(device).to(memory_format=devices.memory_format(device))  # type: ignore[call-overload]
+    there = model, volume.to(device), target.to(device)
 
-    work: list[tuple[str, str, Work, Work]] = []
-    work += [(FORWARD, p, partial(forward, dtype=devices.PRECISIONS[p]), plain_forward) for p in precisions]
-    work += [(method, "fp32", explain, explain) for method, explain in MAPS.items()]
-    work += [
-        (GRADIENTS, p, partial(gradients, dtype=devices.PRECISIONS[p]), plain_gradients) for p in precisions
-    ]
-    known: dict[str, Tensor] = {}  # by kind
-    for kind, precision, do, plain in work:
-        devices.set_precision(device, precision)
-        tolerance = TOLERANCES["maps" if kind in MAPS else kind, precision]
-        if kind not in known:
-            known[kind] = plain(exact, wide, target)
-        problem, found = "", (math.nan, math.nan, 0)
-        try:
-            sizes = kernels(there) if kind == GRADIENTS else []
-            found = measured(partial(do, there, scans, wanted), known[kind], device, sizes)
-        except (RuntimeError, TypeError) as raised:  # no such operation or type there, or too little memory
-            problem = str(raised)
-        yield Check(name, kind, precision, tolerance, *found, problem)
+    pieces: list[tuple[str, Callable[..., Tensor], list[str]]]
+    pieces = [(method, explain, ["fp32"]) for method, explain in MAPS.items()]
+    pieces = [(FORWARD, torch.no_grad()(logits), precisions), *pieces, (GRADIENTS, gradients, precisions)]
+    for kind, work, tried in pieces:
+        reference = work(*exact)
+        sizes = kernel_sizes(model) if kind == GRADIENTS else []
+        for precision in tried:
+            devices.set_precision(device, precision)
+            options = {} if kind in MAPS else {"dtype": devices.PRECISIONS[precision]}
+            problem, found = "", (math.nan, math.nan, 0)
+            try:
+                found = measure(partial(work, *there, **options), reference, device, sizes)
+            except (RuntimeError, TypeError) as error:  # no such operation or type, or too little memory
+                problem = str(error)
+            tolerance = TOLERANCES["maps" if kind in MAPS else kind, precision]
+            yield Check(name, kind, precision, tolerance, *found, problem)
     devices.set_precision(device, "fp32")
 
 
-def one_step_of_ig(model: models.CNN3d, volume: Tensor, target: Tensor) -> Tensor:
-    """The second of two steps of IG. In the first the image is blank: windows tie, and rounding chooses."""
-    two, first = (integrated_gradients(model, volume, target, steps=steps) for steps in (2, 1))
-    return 2 * two - first
-
-
-MAPS: dict[str, Callable[..., Tensor]] = {"LRP": lrp, "IG": one_step_of_ig, "GGC": guided_gradcam}
-
-
-def measured(
-    found: Callable[[], Tensor], right: Tensor, device: torch.device, sizes: Sequence[int] = ()
+def measure(
+    do: Callable[[], Tensor], reference: Tensor, device: torch.device, sizes: Sequence[int] = ()
 ) -> tuple[float, float, int]:
-    """Do something twice: the `difference` of its result, and the second time's seconds and bytes."""
-    found()
+    """Do something twice: its `relative_difference`, and the second time's seconds and bytes."""
+    do()
     synchronise(device)
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
     begin = time.perf_counter()
-    result = found()
+    result = do()
     synchronise(device)
     seconds = time.perf_counter() - begin
-    held = torch.cuda.max_memory_allocated(device) if device.type == "cuda" else 0
-    return difference(result.cpu().double(), right, sizes), seconds, held  # MPS has no float64
+    allocated = torch.cuda.max_memory_allocated(device) if device.type == "cuda" else 0
+    result = result.cpu().double()  # in this order: MPS has no float64
+    return relative_difference(result, reference, sizes), seconds, allocated
 
 
-def difference(found: Tensor, right: Tensor, sizes: Sequence[int] = ()) -> float:
-    """|found - right| / |right|, NaN where it is right that all is zero.
+def relative_difference(found: Tensor, reference: Tensor, sizes: Sequence[int] = ()) -> float:
+    """|found - reference| / |reference|, NaN where the reference is all zero.
 
     Args:
-        sizes: of the first parts of both; then it is the worst of these parts and of the whole.
+        sizes: lengths of the first parts of both; then it is the largest of these parts and of the whole.
     """
-    pairs = [(found, right)]
+    pairs = [(found, reference)]
     for end, size in zip(accumulate(sizes), sizes, strict=True):
-        pairs.append((found[end - size : end], right[end - size : end]))
+        pairs.append((found[end - size : end], reference[end - size : end]))
     return max(float((one - other).norm() / other.norm()) for one, other in pairs)
-
-
-def learning(model: models.CNN3d) -> list[nn.Parameter]:
-    """The parameters whose gradients are compared: all kernels and matrices, then the vectors.
-
-    Without the convolutions' biases, which BatchNorm takes out again: their gradients are rounding alone.
-    """
-    silent = [block.conv.bias for block in model.blocks()]
-    chosen = [p for p in model.parameters() if not any(p is bias for bias in silent)]
-    return sorted(chosen, key=lambda parameter: parameter.ndim == 1)
-
-
-def kernels(model: models.CNN3d) -> list[int]:
-    """The sizes of those that are held against the exact ones on their own: a vector's may nearly be zero."""
-    return [parameter.numel() for parameter in learning(model) if parameter.ndim > 1]
 
 
 def synchronise(device: torch.device) -> None:
@@ -187,13 +159,18 @@ def synchronise(device: torch.device) -> None:
         torch.get_device_module(device).synchronize()
 
 
+# The pieces of work ------------------------------------------------------------------------------
+
+
 @torch.no_grad()
-def lively_network(name: str, grid: tuple[int, int, int]) -> tuple[models.CNN3d, Tensor]:
-    """A network as after training, and two scans (2, 1, X, Y, Z), zero around the head.
+def example_network(name: str) -> tuple[models.CNN3d, Tensor]:
+    """A network as after training, and two scans (2, 1, X, Y, Z) of its smallest grid, zero around the head.
 
     BatchNorm has statistics of these scans and of the same at half their brightness, where IG has a step. The
     weights of the last convolution and the linear layers are positive, so that no map is zero.
     """
+    edge = models.smallest_edge(models.parse_name(name)[0])
+    grid = (edge, edge + 1, edge + 2)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         volume = torch.zeros(BATCH, 1, *grid)
@@ -212,33 +189,42 @@ def lively_network(name: str, grid: tuple[int, int, int]) -> tuple[models.CNN3d,
     return model.eval(), volume
 
 
-@torch.no_grad()
-def forward(model: models.CNN3d, volume: Tensor, label: Tensor, dtype: torch.dtype) -> Tensor:
-    """The logits."""
+def logits(model: models.CNN3d, volume: Tensor, label: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+    """The logits as the commands compute them, or without a dtype layer by layer, which is the reference."""
+    if dtype is None:
+        return model.classifier(model.features(volume).flatten(1))
     with torch.autocast(volume.device.type, dtype, enabled=dtype is not torch.float32):
         return model(volume).float()
 
 
-@torch.no_grad()
-def plain_forward(model: models.CNN3d, volume: Tensor, label: Tensor) -> Tensor:
-    """The same by the layers as they stand."""
-    return model.classifier(model.features(volume).flatten(1))
-
-
-def gradients(model: models.CNN3d, volume: Tensor, label: Tensor, dtype: torch.dtype) -> Tensor:
-    """The gradients of the `learning` parameters, in a training step as train_cv.py makes it."""
+def gradients(model: models.CNN3d, volume: Tensor, label: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+    """The gradients of the `compared_parameters` in a training step, from `logits`."""
     model.train()
-    with torch.autocast(volume.device.type, dtype, enabled=dtype is not torch.float32):
-        loss = F.cross_entropy(model(volume).float(), label)
-    found = torch.autograd.grad(loss, learning(model))
+    loss = F.cross_entropy(logits(model, volume, label, dtype), label)
+    found = torch.autograd.grad(loss, compared_parameters(model))
     model.eval()
     return torch.cat([gradient.flatten() for gradient in found])
 
 
-def plain_gradients(model: models.CNN3d, volume: Tensor, label: Tensor) -> Tensor:
-    """The same by the layers as they stand."""
-    model.train()
-    loss = F.cross_entropy(model.classifier(model.features(volume).flatten(1)), label)
-    found = torch.autograd.grad(loss, learning(model))
-    model.eval()
-    return torch.cat([gradient.flatten() for gradient in found])
+def compared_parameters(model: models.CNN3d) -> list[nn.Parameter]:
+    """The parameters whose gradients are compared: all kernels and matrices, then the vectors.
+
+    Without the convolutions' biases, which BatchNorm takes out again: their gradients are rounding alone.
+    """
+    cancelled = [block.conv.bias for block in model.blocks()]
+    chosen = [p for p in model.parameters() if not any(p is bias for bias in cancelled)]
+    return sorted(chosen, key=lambda parameter: parameter.ndim == 1)
+
+
+def kernel_sizes(model: models.CNN3d) -> list[int]:
+    """The sizes of the kernels and matrices, which are compared one by one; a vector's may nearly be zero."""
+    return [parameter.numel() for parameter in compared_parameters(model) if parameter.ndim > 1]
+
+
+def one_step_of_ig(model: models.CNN3d, volume: Tensor, target: Tensor) -> Tensor:
+    """The second of two steps of IG. In the first the image is blank: windows tie, and rounding decides."""
+    two, first = (integrated_gradients(model, volume, target, steps=steps) for steps in (2, 1))
+    return 2 * two - first
+
+
+MAPS: dict[str, Callable[..., Tensor]] = {"LRP": lrp, "IG": one_step_of_ig, "GGC": guided_gradcam}

@@ -15,8 +15,8 @@ import gzip
 import math
 import os
 import sys
-from multiprocessing.pool import ThreadPool
 from pathlib import Path
+from typing import Any
 
 import nibabel as nib
 import numpy as np
@@ -28,6 +28,7 @@ from scipy.interpolate import BSpline
 import utils
 from internals import storage
 from internals.errors import InputError
+from internals.results import Files, ResultFolder
 
 ORIGIN = np.array([-96.0, -132.0, -78.0])  # mm, centre of the first voxel
 EXTENT = np.array([192, 228, 192])  # mm, first to last voxel centre
@@ -45,25 +46,24 @@ GREY = 0.3  # grey-matter probability from which a voxel of a region counts as t
 CSF = 0.27  # T1 intensity of CSF in nilearn's template, whose brightest voxel is 1
 INTENSITY = 600.0  # of the template's brightest voxel in a scan; small integers compress well
 
+PART = "cohort"
+RECORD = "cohort.json"
+THREADS = min(4, os.cpu_count() or 1)  # that make scans: at 1 mm each takes about 0.5 GB meanwhile
+
 
 def get_parser() -> argparse.ArgumentParser:
-    """The command line."""
+    """The options of this command."""
     parser = utils.ArgumentParser(__doc__)
     number = utils.bounded
-    parser.add_argument("--outpath", required=True, type=Path, metavar="DIR", help="folder for the cohort")
-    parser.add_argument("--subjects", type=number(int, at_least=4), default=40, help="number of scans")
-    parser.add_argument(
-        "--voxel", type=number(float, at_least=1, at_most=4), default=2.0, help="voxel size in mm"
-    )
-    parser.add_argument("--seed", type=number(int, at_least=0), default=0, help="same seed, same files")
-    parser.add_argument(
-        "--severity",
-        type=number(float, at_least=0, at_most=10),
-        default=1.0,
-        help="mean planted loss s of label 1: the share 1 - exp(-s) of the grey matter turns into CSF",
-    )
-    parser.add_argument("--null", action="store_true", help="plant nothing: the labels mean nothing")
-    parser.add_argument("--overwrite", action="store_true", help="replace the cohort in DIR")
+    loss = "mean planted loss s of label 1: the share 1 - exp(-s) of the grey matter turns into CSF"
+    add = parser.add_argument
+    add("--outpath", required=True, type=Path, metavar="DIR", help="folder for the cohort")
+    add("--subjects", type=number(int, at_least=4), default=40, help="number of scans")
+    add("--voxel", type=number(float, at_least=1, at_most=4), default=2.0, help="voxel size in mm")
+    add("--seed", type=number(int, at_least=0), default=0, help="same seed, same files")
+    add("--severity", type=number(float, at_least=0, at_most=10), default=1.0, help=loss)
+    add("--null", action="store_true", help="plant nothing: the labels mean nothing")
+    add("--overwrite", action="store_true", help="replace the cohort in DIR")
     return parser
 
 
@@ -280,13 +280,19 @@ def save_volume(volume: np.ndarray, voxel: float, path: Path) -> None:
     nifti.set_sform(nifti.affine, code="mni")
     nifti.set_qform(nifti.affine, code="mni")
     packed = gzip.compress(nifti.to_bytes(), compresslevel=6, mtime=0)  # no clock, no file name
-    with storage.whole_file(path) as partial_path:
-        partial_path.write_bytes(packed)
+    with storage.atomic_write(path) as partial:
+        partial.write_bytes(packed)
 
 
-def save_scan(person: Subject, template: Template, voxel: float, folder: Path) -> None:
-    """Render and write one subject."""
-    save_volume(render(person, template, voxel), voxel, folder / person.path)
+def save_scans(people: list[Subject], template: Template, voxel: float, folder: Path) -> None:
+    """Render and write every scan, a few at a time."""
+    storage.make_folder((folder / scan_path(0)).parent)
+
+    def save(person: Subject) -> None:
+        save_volume(render(person, template, voxel), voxel, folder / person.path)
+
+    # Threads are enough: interpolation, random numbers and gzip leave Python's lock alone.
+    utils.in_threads(save, people, "scans", THREADS)
 
 
 def save_masks(template: Template, voxel: float, folder: Path) -> None:
@@ -298,81 +304,66 @@ def save_masks(template: Template, voxel: float, folder: Path) -> None:
     save_volume(brain.astype(np.uint8), voxel, folder / "mask.nii.gz")
 
 
-# Steps -------------------------------------------------------------------------------------------
+def save_table(people: list[Subject], folder: Path) -> None:
+    """Write data.csv, the cohort as train_cv.py reads it."""
+    columns = ["path", "label", "subject"]
+    table = pd.DataFrame([dataclasses.asdict(person) for person in people])[columns]
+    storage.write_csv(table, folder / "data.csv")
 
 
-def make_room(folder: Path, people: list[Subject], overwrite: bool) -> None:
-    """Create the folder; with `overwrite` remove the cohort in it, without refuse to touch one.
+# The folder --------------------------------------------------------------------------------------
 
-    Nothing is removed but the files of this cohort and of the one that cohort.json describes.
+
+def cohort_files(folder: Path, subjects: int) -> Files:
+    """What a cohort consists of, and of the one before it in the folder, if any: no other file is removed.
 
     Raises:
-        InputError: a file is in the way, or the folder cannot be written to.
+        InputError: another program's cohort.json is in the way, or what scans/ should be is no folder.
     """
-    record = folder / "cohort.json"
-    ours = ["data.csv", record.name, "truth.nii.gz", "mask.nii.gz", *(person.path for person in people)]
-    present = storage.written(folder, ours)
-    if present and not overwrite:
-        raise InputError(f"{present[0]} is in the way; choose another --outpath, or --overwrite")
-    if record.exists():
-        former = storage.read_json(record).get("subjects")
-        if not isinstance(former, list):
-            raise InputError(f"{record}: not written by simulate.py; choose another --outpath")
-        ours += [scan_path(index) for index in range(len(people), len(former))]
-    storage.check_folder(folder / "scans", record.name, {}, [], [])
-    (folder / scan_path(0)).parent.mkdir(parents=True, exist_ok=True)
-    storage.remove_leftovers(folder, ours)
-    if overwrite:
-        storage.remove(folder, ours)
+    record, scans = folder / RECORD, (folder / scan_path(0)).parent
+    former = storage.read_json(record).get("subjects") if record.exists() else []
+    if not isinstance(former, list):
+        raise InputError(f"{record}: not written by simulate.py; choose another --outpath")
+    if scans.exists() and not (scans.is_dir() and os.access(scans, os.W_OK)):
+        raise InputError(f"--outpath {folder}: {scans} is not a folder that can be written to")
+    paths = [scan_path(index) for index in range(max(subjects, len(former)))]
+    part = ["truth.nii.gz", "mask.nii.gz", *paths[:subjects], "data.csv"]
+    return Files(RECORD, part, beside=paths[subjects:])
 
 
-def save_record(people: list[Subject], voxel: float, seed: int, severity: float, folder: Path) -> None:
-    """Write cohort.json: how the cohort was made and what each subject was given."""
-    record = {
+def describe(people: list[Subject], voxel: float, severity: float) -> dict[str, Any]:
+    """How a cohort is made and what each subject is given, as cohort.json says beside the identity."""
+    return {
         "planted": severity > 0,
-        "severity": severity,
-        "voxel_mm": voxel,
-        "seed": seed,
         "shape": grid_shape(voxel),
         "affine": grid_affine(voxel).tolist(),
         "regions_mm": {name: {"path": path, "radius": radius} for name, (path, radius) in REGIONS.items()},
         "feather_mm": FEATHER,
         "truth_grey_matter": GREY,
-        "versions": storage.versions(),
         "subjects": [dataclasses.asdict(person) for person in people],
     }
-    storage.write_json(record, folder / "cohort.json")
 
 
-def save_scans(people: list[Subject], template: Template, voxel: float, folder: Path) -> None:
-    """Render and write every scan, a few at a time: at 1 mm each takes about 0.5 GB meanwhile."""
-    write = functools.partial(save_scan, template=template, voxel=voxel, folder=folder)
-    # Threads are enough: interpolation, random numbers and gzip leave Python's lock alone.
-    with ThreadPool(min(4, os.cpu_count() or 1)) as pool:
-        for _ in utils.progress(pool.imap(write, people), total=len(people), desc="scans", unit="scan"):
-            pass
-
-
-def save_table(people: list[Subject], folder: Path) -> None:
-    """Write data.csv, the cohort as train_cv.py reads it."""
-    columns = ["path", "label", "subject"]
-    storage.write_csv(
-        pd.DataFrame([dataclasses.asdict(person) for person in people])[columns], folder / "data.csv"
-    )
-
-
-@utils.command("data.csv, which completes a cohort, is not written yet; --overwrite starts again")
+@utils.command("the cohort is not finished; the same command starts again")
 def main(argv: list[str] | None = None) -> int:
-    """Draw the people, then write record, masks and scans; data.csv comes last and completes the cohort."""
+    """Draw the people, then write record, masks, scans and the table."""
     args = get_parser().parse_args(argv)
     severity = 0.0 if args.null else args.severity
     people = [draw_subject(args.seed, index, severity) for index in range(args.subjects)]
-    make_room(args.outpath, people, args.overwrite)
-    save_record(people, args.voxel, args.seed, severity, args.outpath)
-    template = load_template()
-    save_masks(template, args.voxel, args.outpath)
-    save_scans(people, template, args.voxel, args.outpath)
-    save_table(people, args.outpath)
+    identity = {"severity": severity, "voxel_mm": args.voxel, "seed": args.seed}
+    identity["number_of_subjects"] = len(people)
+    files = cohort_files(args.outpath, len(people))
+    results = ResultFolder(args.outpath, files, [PART], identity, overwrite=args.overwrite)
+    if results.check() and not results.unfinished():
+        print(f"{args.outpath}: simulated before, kept")
+        return 0
+    with results.at_work(describe(people, args.voxel, severity)) as missing:
+        if missing:  # nobody else made the same meanwhile
+            template = load_template()
+            save_masks(template, args.voxel, args.outpath)
+            save_scans(people, template, args.voxel, args.outpath)
+            save_table(people, args.outpath)
+            results.finish(PART)
     patients = sum(person.label for person in people)
     print(f"{args.outpath}: {len(people)} scans, {len(people) - patients} controls and {patients} patients")
     return 0

@@ -14,7 +14,6 @@ from pathlib import Path
 
 import pandas as pd
 import torch
-from internals.checkpoints import load_weights
 
 import classifier_scores
 import dataset
@@ -27,6 +26,7 @@ import utils
 from dataset import Cohort, Grid, ScanDataset
 from internals import caches, devices, process, storage
 from internals.caches import Cache
+from internals.checkpoints import load_weights
 from internals.devices import PRECISIONS
 from internals.errors import InputError
 from internals.loading import Loader
@@ -159,6 +159,15 @@ def report(predictions: pd.DataFrame, k: int, delta: float, seed: int, folder: P
     print(classifier_scores.summary(scores))
 
 
+def say_state(results: ResultFolder) -> None:
+    """Print what is still to be done, or where everything is."""
+    unfinished = results.unfinished()
+    if unfinished:
+        print(f"not trained yet: folds {unfinished}; tests and metrics follow with the last fold")
+    else:
+        print(f"written to {results.path}: state_dict_f*.pth, predictions.csv, metrics.csv, training.png")
+
+
 @utils.command(
     "finished folds and epochs are saved; the same command, without --overwrite, goes on from there"
 )
@@ -170,21 +179,22 @@ def main(argv: list[str] | None = None) -> int:
     chosen = utils.choose_folds(args.run_folds, args.fold)
     cohort = dataset.new_cohort(args.path, args.fold, args.split, args.val_fraction, args.seed)
     network = runs.new_network(args.model, cohort.grid)
-    need = devices.check_batch(args.batch, models.largest_output(args.model, cohort.grid.shape), device)
-    options = {name: value for name, value in vars(args).items() if name not in INCIDENTAL}
-    identity = cohort.identity | {"arguments": options}
-    only = chosen if args.run_folds else None
+    largest = models.largest_output(args.model, cohort.grid.shape)
+    devices.check_batch(args.batch, largest, device)
+    arguments = {name: value for name, value in vars(args).items() if name not in INCIDENTAL}
+    identity, only = cohort.identity | {"arguments": arguments}, args.run_folds and chosen
     results = ResultFolder(args.outpath, FILES, range(args.fold), identity, {}, only, args.overwrite)
     if results.check(partial(check_fold, args.outpath, network)):
         check_folds(args.outpath / "folds.csv", cohort.folds)
 
-    about = {"csv": str(args.path.resolve()), "model": args.model, "seed": args.seed}
-    cache = Cache(args.cache, args.outpath / "cache", device, shared=bool(only), need=need)
+    need = devices.training_memory(args.batch, largest)
+    cache = Cache(args.cache, args.outpath / "cache", device, bool(only), need)
     schedule = Schedule(args.epochs, args.patience, args.delta, args.precision)
     work = devices.describe_batch(args.batch, cohort.grid.shape, args.model, device)
     with process.out_of_memory(work, "lower --batch, take fewer filters, or --cache disk"):
         scans = cohort.open_scans(cache, args.workers)
         load = batches(cohort, scans, args.batch, args.workers, args.seed, device)
+        about = {"csv": str(args.path.resolve()), "model": args.model, "seed": args.seed}
         with results.at_work(about) as missing:
             save_folds(results, cohort.folds)
             utils.say_kept(chosen, missing)
@@ -197,11 +207,7 @@ def main(argv: list[str] | None = None) -> int:
                 if due:
                     predictions = test_folds(network, cohort, load, args.outpath, device)
                     report(predictions, args.fold, args.delta, args.seed, args.outpath)
-    unfinished = results.unfinished()
-    if unfinished:
-        print(f"not trained yet: folds {unfinished}; tests and metrics follow with the last fold")
-    else:
-        print(f"written to {args.outpath}: state_dict_f*.pth, predictions.csv, metrics.csv, training.png")
+            say_state(results)
     return 0
 
 

@@ -10,12 +10,12 @@ from typing import Any, cast
 import numpy as np
 import torch
 import torch.nn.functional as F
-from internals.checkpoints import UNREADABLE
 from torch import Tensor, nn
 
 import models
 import utils
 from internals import devices, process, storage
+from internals.checkpoints import UNREADABLE
 from internals.errors import InputError
 from internals.loading import Loader
 
@@ -79,7 +79,7 @@ class TrainingState:
 
 def new_state(model: models.CNN3d, lr: float, wd: float, device: torch.device) -> TrainingState:
     """The beginning: a network on its device, Adam, nothing learned."""
-    model = model.to(device).to(memory_format=devices.layout(device))  # type: ignore[call-overload]
+    model = model.to(device).to(memory_format=devices.memory_format(device))  # type: ignore[call-overload]
     return TrainingState(model, torch.optim.Adam(model.parameters(), lr=lr, weight_decay=wd))
 
 
@@ -96,12 +96,12 @@ def train(
         state.restore(progress, shuffling)
         print(f"{name}: goes on after epoch {len(state.history)}")
     here = devices.describe(next(state.model.parameters()).device)
-    state.devices += [] if here in state.devices else [here]
     while state.goes_on(schedule):
         begin, epoch = time.perf_counter(), len(state.history) + 1
         train_loss = train_epoch(state, train, schedule.precision, f"{name}, epoch {epoch}")
         valid_loss, accuracy = evaluate(state.model, val)
         check_loss(valid_loss, f"{name}, epoch {epoch}, validation")
+        state.devices += [] if here in state.devices else [here]
         seconds = time.perf_counter() - begin
         state.history.append([epoch, train_loss, valid_loss, accuracy, seconds])
         state.epochs_without_improvement += 1
@@ -134,14 +134,14 @@ def train_epoch(state: TrainingState, loader: Loader, precision: str, name: str)
         return loss.item() * scans
 
     for number, (volume, label) in enumerate(utils.progress(loader, desc=name, leave=False)):
-        volume, label = devices.move(volume, device), devices.move(label, device)
+        volume, label = devices.to_device(volume, device), devices.to_device(label, device)
         with torch.autocast(device.type, dtype, enabled=dtype is not torch.float32):
             loss = F.cross_entropy(model(volume).float(), label)
         state.optimiser.zero_grad(set_to_none=True)
         loss.backward()
         state.optimiser.step()
         seen = loss.detach().to("cpu", non_blocking=device.type == "cuda")
-        unseen.append((seen, devices.mark(device), len(label)))
+        unseen.append((seen, devices.record_event(device), len(label)))
         total += look(number) if len(unseen) > 1 else 0
     return (total + look(len(loader))) / len(loader.dataset)  # type: ignore[arg-type]
 
@@ -153,7 +153,7 @@ def predict(model: nn.Module, loader: Loader) -> tuple[Tensor, Tensor]:
     device = next(model.parameters()).device
     logits, labels = [], []
     for volume, label in loader:
-        logits.append(model(devices.move(volume, device)).float().cpu())
+        logits.append(model(devices.to_device(volume, device)).float().cpu())
         labels.append(label)
     return torch.cat(logits), torch.cat(labels)
 

@@ -29,10 +29,11 @@ import dataset
 import models
 import selfcheck
 import simulate
-import train_cv
+import training
 import utils
-from internals import devices, process
+from internals import caches, devices, process
 from internals.errors import InputError
+from internals.loading import Loader
 
 EPOCHS = 3  # the first one warms up
 
@@ -40,7 +41,7 @@ EPOCHS = 3  # the first one warms up
 class Timed:
     """A loader, and the seconds that were spent in waiting for its batches."""
 
-    def __init__(self, loader: dataset.Loader) -> None:
+    def __init__(self, loader: Loader) -> None:
         self.loader, self.dataset, self.seconds = loader, loader.dataset, 0.0
 
     def __len__(self) -> int:
@@ -88,7 +89,7 @@ def table(checks: list[selfcheck.Check]) -> str:
             "at most": check.tolerance,
             "s": check.seconds,
             "GB": check.bytes / 1e9 if check.bytes else math.nan,
-            "verdict": "right" if check.right else "FAILED" if check.problem else "WRONG",
+            "verdict": "right" if check.passed else "FAILED" if check.problem else "WRONG",
         }
         for check in checks
     )
@@ -101,19 +102,18 @@ def share_of_waiting(device: torch.device, name: str, subjects: int, voxel: floa
     """Train on a simulated cohort for a few epochs; say how much of the time the loop waited for scans."""
     with tempfile.TemporaryDirectory() as folder:
         simulate.main(["--outpath", folder, "--subjects", str(subjects), "--voxel", str(voxel)])
-        table = dataset.read_csv(Path(folder) / "data.csv")
-        grid = dataset.check_grid(table)
-        scans = dataset.open_scans(table, grid, cache, Path(folder) / "cache", 2, device)
-        model, optimiser = train_cv.new_training(name, grid, device, lr=1e-4, wd=1e-4, seed=0, fold=0)
-        loader = Timed(dataset.loader(scans, list(range(len(scans))), 4, 2, 0, device))
+        cohort = dataset.new_cohort(Path(folder) / "data.csv", 2, "contiguous", 0, 0)
+        scans = cohort.open_scans(caches.Cache(cache, Path(folder) / "cache", device))
+        loader = Timed(scans.loader(list(range(subjects)), 4, seed=0, device=device))
+        state = training.new_state(models.build_model(name, cohort.grid.shape), 1e-4, 1e-4, device)
         for epoch in range(EPOCHS):
             if epoch == 1:
                 loader.seconds, begin = 0.0, time.perf_counter()
-            train_cv.train_epoch(model, loader, optimiser, torch.float32, "")  # type: ignore[arg-type]
+            training.train_epoch(state, loader, "fp32", "")  # type: ignore[arg-type]
         selfcheck.synchronise(device)
         seconds = time.perf_counter() - begin
     steps = (EPOCHS - 1) * len(loader)
-    shape = "x".join(map(str, grid.shape))
+    shape = "x".join(map(str, cohort.grid.shape))
     return (
         f"training, {name}, 4 of {subjects} scans of {shape} a step, --cache {cache}: "
         f"{seconds / steps:.3g} s a step, {loader.seconds / seconds:.1%} of it waiting for scans"
@@ -129,7 +129,7 @@ def get_parser() -> argparse.ArgumentParser:
     add("--training-model", default="modelB8", help="network of the training run")
     add("--subjects", type=utils.bounded(int, at_least=4), default=16, help="simulated scans to train on")
     add("--voxel", type=utils.bounded(float, above=0), default=2, help="their voxels, mm")
-    add("--cache", choices=dataset.CACHES, default="auto", help="where they are kept, as in train_cv.py")
+    add("--cache", choices=caches.KINDS, default="auto", help="where they are kept, as in train_cv.py")
     return parser
 
 
@@ -151,7 +151,7 @@ def main(argv: list[str] | None = None) -> int:
     with process.out_of_memory(f"training on {device}", "take fewer --subjects or larger --voxel"):
         for cache in dict.fromkeys([args.cache, "ram"]):
             print(share_of_waiting(device, args.training_model, args.subjects, args.voxel, cache))
-    wrong = sum(not check.right for check in found)
+    wrong = sum(not check.passed for check in found)
     print(
         f"{wrong} of {len(found)} rows are not right: do not use this device"
         if wrong

@@ -49,14 +49,14 @@ def lrp(model: CNN3d, volume: Tensor, target: Tensor, beta: float = 0.5, epsilon
             relevance = relevance.view(a.shape)
         elif isinstance(layer, nn.MaxPool3d):
             window = [cast(int, layer.kernel_size)] * 3
-            winners = F.max_pool3d(a, window, return_indices=True)[1]
-            relevance = F.max_unpool3d(relevance, winners, window, output_size=a.shape[2:])
+            max_indices = F.max_pool3d(a, window, return_indices=True)[1]
+            relevance = F.max_unpool3d(relevance, max_indices, window, output_size=a.shape[2:])
         elif isinstance(layer, nn.Conv3d | nn.Linear):
-            relevance = _beta_rule(layer, a, relevance, beta, epsilon)
+            relevance = _alpha_beta_rule(layer, a, relevance, beta, epsilon)
     return relevance
 
 
-def _beta_rule(
+def _alpha_beta_rule(
     layer: nn.Conv3d | nn.Linear, a: Tensor, relevance: Tensor, beta: float, epsilon: float
 ) -> Tensor:
     dense = isinstance(layer, nn.Linear)
@@ -67,20 +67,20 @@ def _beta_rule(
     def back(s: Tensor, w: Tensor) -> Tensor:
         return s @ w if dense else F.conv_transpose3d(s, w)
 
-    positive, negative = a.clamp(min=0), a.clamp(max=0)
-    exciting, inhibiting = layer.weight.clamp(min=0), layer.weight.clamp(max=0)
-    z_plus = forth(positive, exciting) + forth(negative, inhibiting)
-    z_minus = forth(positive, inhibiting) + forth(negative, exciting)
+    a_plus, a_minus = a.clamp(min=0), a.clamp(max=0)
+    w_plus, w_minus = layer.weight.clamp(min=0), layer.weight.clamp(max=0)
+    z_plus = forth(a_plus, w_plus) + forth(a_minus, w_minus)
+    z_minus = forth(a_plus, w_minus) + forth(a_minus, w_plus)
     both = (z_plus > 0) & (z_minus < 0)
     share_plus = torch.where(both, 1 + beta, 1.0) * relevance / (z_plus + epsilon)
     share_minus = torch.where(both, -beta, 1.0) * relevance / (z_minus - epsilon)
     share_plus = torch.where(z_plus > 0, share_plus, 0)
     share_minus = torch.where(z_minus < 0, share_minus, 0)
     return (
-        positive * back(share_plus, exciting)
-        + negative * back(share_plus, inhibiting)
-        + positive * back(share_minus, inhibiting)
-        + negative * back(share_minus, exciting)
+        a_plus * back(share_plus, w_plus)
+        + a_minus * back(share_plus, w_minus)
+        + a_plus * back(share_minus, w_minus)
+        + a_minus * back(share_minus, w_plus)
     )
 
 

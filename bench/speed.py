@@ -11,7 +11,7 @@ CPU, PyTorch and the scan included, and torch's largest allocation on a GPU. The
 largest one between both results, relative to the reference's largest value, and "voxels off" the share
 of voxels that differ by more than 1e-5 of it: float32 rounds two ways of adding up differently, and
 where two voxels of a pool's window nearly tie, the other one wins. For IG it is that of two steps
-without the one at alpha = 0, where the image is blank, all windows are tied, and autograd's winners are
+without the one at alpha = 0, where the image is blank, all windows are tied, and autograd's maxima are
 rounding noise. The difference of a training step is that of the first convolution's gradient.
 
 "with logits" is a map as heatmap.py makes it, with one forward pass before; the published way has its logits
@@ -45,9 +45,10 @@ import lrp
 import models
 import selfcheck
 import simulate
-import train_cv
+import training
 import utils
-from internals import devices, process
+from internals import checkpoints, process
+from internals.caches import Cache
 
 TARGETS = {  # work: at least so many times faster, at most this share of the memory, on a CPU
     "IG, 100 steps": (10, 0.6),
@@ -98,12 +99,11 @@ def train(work: str, side: str, model: models.CNN3d, volume: Tensor, steps: int)
         for _ in range(steps):
             references.training_step(model, optimiser, volume, label, dtype)
     else:
-        model.to(memory_format=models.layout(volume.device))  # type: ignore[call-overload]
-        optimiser = torch.optim.Adam(model.parameters(), lr=1e-4)
+        state = training.new_state(model, 1e-4, 0, volume.device)
         # a generator of its own, so that both sides draw the same dropout
         loader = DataLoader(TensorDataset(volume, label), generator=torch.Generator())
         for _ in range(steps):
-            train_cv.train_epoch(model, loader, optimiser, devices.PRECISIONS[work.split()[-1]], work)
+            training.train_epoch(state, loader, work.split()[-1], work)
     gradient = model.blocks()[0].conv.weight.grad
     assert gradient is not None
     return gradient
@@ -188,7 +188,7 @@ def worker(work: str, side: str, name: str, scan: Path, device: torch.device, pr
     if work == "weights":
         return save_weights(name, scan, weights)
     volume = load_scan(scan, device)
-    model = models.load_weights(models.build_model(name, volume.shape[2:]), weights, device)  # type: ignore[arg-type]
+    model = checkpoints.load_weights(models.build_model(name, volume.shape[2:]), weights, device)  # type: ignore[arg-type]
     if side == "ours":
         process.keep_freed_memory()  # as the commands do
     seconds, result = measure(work, side, model, volume)
@@ -245,9 +245,8 @@ def compare(
 
 def compare_reading(cohort: Path) -> Iterator[dict[str, float | str]]:
     """nibabel's get_fdata and scaling against the caches, which hand out scans that lie ready."""
-    table = dataset.read_csv(cohort / "data.csv")
-    grid = dataset.check_grid(table)
-    row = next(iter(table.index))
+    known = dataset.new_cohort(cohort / "data.csv", 2, "contiguous", 0, 0)
+    row, file = 0, known.table["file"][0]
 
     def seconds(read: Callable[[], Any]) -> float:
         read()
@@ -256,11 +255,11 @@ def compare_reading(cohort: Path) -> Iterator[dict[str, float | str]]:
             read()
         return (time.perf_counter() - begin) / READS
 
-    there = references.read_scan(table["file"][row])
+    there = references.read_scan(file)
     for work, cache in READING.items():
-        scans = dataset.open_scans(table, grid, cache, cohort / "cache", workers=1)
+        scans = known.open_scans(Cache(cache, cohort / "cache"), threads=1)
         look = np.mean if "looked at" in work else np.asarray
-        reference = seconds(lambda look=look: look(references.read_scan(table["file"][row])))  # type: ignore[misc]
+        reference = seconds(lambda look=look: look(references.read_scan(file)))  # type: ignore[misc]
         ours = seconds(lambda look=look, scans=scans: look(scans[row][0].numpy()))  # type: ignore[misc]
         here = scans[row][0].numpy()[0]
         yield {

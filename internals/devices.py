@@ -1,4 +1,4 @@
-"""The device that a command runs on: chosen, set up, described, and what is known to be wrong with it."""
+"""The device that a command runs on: choosing it, setting it up, its known faults, sizes that suit it."""
 
 import functools
 import platform
@@ -14,8 +14,8 @@ from internals.errors import InputError
 
 # of the forward and backward pass; tf32 is float32 whose factors CUDA's tensor cores round to 10 bits
 PRECISIONS = {"fp32": torch.float32, "tf32": torch.float32, "bf16": torch.bfloat16}
-MOST_VALUES = 2**31 - 1  # of one tensor: beyond, cuDNN's BatchNorm and PyTorch's pooling count wrongly
-LARGEST_CHUNK = 2**29  # values worked on at once, however much memory there is
+MAX_TENSOR_VALUES = 2**31 - 1  # beyond, cuDNN's BatchNorm and PyTorch's pooling count wrongly
+MAX_CHUNK_VALUES = 2**29  # values computed at once, however much memory there is
 
 
 # Choosing and setting up -------------------------------------------------------------------------
@@ -50,26 +50,26 @@ def resolve_device(name: str) -> torch.device:
         way_out = ", numbered from 0" if there else "; use --device cpu"
         raise InputError(f"--device {name}: this machine has {number}{way_out}")
     try:
-        adopt(device)
+        make_current(device)
         torch.zeros(1, device=device)
     except RuntimeError as problem:  # taken by another process, or too old or new for this PyTorch
         raise InputError(f"--device {name}: cannot be used ({problem})") from problem
     return device
 
 
-def adopt(device: torch.device) -> None:
-    """Make a GPU the calling thread's own: what names no device, such as pinned memory, goes to the first."""
+def make_current(device: torch.device) -> None:
+    """Make a CUDA device the calling thread's current one, which pinned memory, for one, belongs to."""
     if device.type == "cuda":
         torch.cuda.set_device(device)
 
 
-def move(values: Tensor, device: torch.device) -> Tensor:
-    """A batch on a device; to CUDA from pinned memory without waiting, elsewhere that has lost values."""
+def to_device(values: Tensor, device: torch.device) -> Tensor:
+    """A batch on a device. Only copies to CUDA do not wait: on MPS, such copies have lost values."""
     return values.to(device, non_blocking=device.type == "cuda")
 
 
-def mark(device: torch.device) -> Callable[[], None]:
-    """What waits until a GPU of CUDA has done all that it was given so far; elsewhere nothing."""
+def record_event(device: torch.device) -> Callable[[], None]:
+    """A function that waits until a CUDA device has done all it was given so far; elsewhere a no-op."""
     if device.type != "cuda":
         return lambda: None
     event = torch.cuda.Event()
@@ -93,25 +93,49 @@ def set_precision(device: torch.device, precision: str) -> None:
 
 
 def describe(device: torch.device) -> dict[str, str]:
-    """What the numbers depend on: the device's name, and on CUDA its version and cuDNN's."""
+    """What results may depend on: the device's name, on CUDA also its version and cuDNN's."""
     if device.type == "cuda":
-        cuda, cudnn = str(torch.version.cuda), _dotted(torch.backends.cudnn.version() or 0)
+        cuda, cudnn = str(torch.version.cuda), _cudnn_release(torch.backends.cudnn.version() or 0)
         return {"name": torch.cuda.get_device_name(device), "cuda": cuda, "cudnn": cudnn}
     if device.type == "mps":
         return {"name": f"mps, macOS {platform.mac_ver()[0]}"}
     return {"name": f"cpu, {torch.backends.cpu.get_cpu_capability()}"}
 
 
-def _dotted(version: int) -> str:
+def _cudnn_release(version: int) -> str:
     """cuDNN's version number, 91002 (8907 before 9), as people write it: 9.10.2."""
     major, rest = divmod(version, 10_000 if version >= 10_000 else 1000)
     return f"{major}.{rest // 100}.{rest % 100}"
 
 
+# Memory format -----------------------------------------------------------------------------------
+
+
+def memory_format(device: torch.device) -> torch.memory_format:
+    """The order of values in memory that suits a device's convolutions.
+
+    Channels last is faster on a CPU, and right on MPS where channels first has been wrong. On CUDA, cuDNN
+    chooses its formats itself.
+    """
+    return torch.contiguous_format if device.type == "cuda" else torch.channels_last_3d
+
+
+def to_memory_format(values: Tensor) -> Tensor:
+    """The same values (B, C, X, Y, Z) in the `memory_format` of their device.
+
+    The strides of a single channel fit either format; PyTorch reads them as channels first unless they
+    are spelled out.
+    """
+    wanted = memory_format(values.device)
+    if wanted == torch.channels_last_3d and values.shape[1] == 1:
+        values = values.squeeze(1).unsqueeze(-1).movedim(-1, 1)
+    return values.contiguous(memory_format=wanted)
+
+
 # Known faults ------------------------------------------------------------------------------------
 
 
-class Setup(NamedTuple):
+class Versions(NamedTuple):
     """What a fault may depend on."""
 
     torch: tuple[int, ...]  # (2, 13, 0)
@@ -120,35 +144,35 @@ class Setup(NamedTuple):
     precision: str
 
 
-def _doubtful(cudnn: int) -> bool:
-    """Whether it is one of the versions whose 3D convolutions in bfloat16 PyTorch avoids since 2.9.1."""
+def _is_faulty_cudnn(cudnn: int) -> bool:
+    """Whether PyTorch, since 2.9.1, avoids this cuDNN for 3D convolutions in bfloat16."""
     return 90_800 <= cudnn < 91_500
 
 
-FAULTS: dict[str, Callable[[Setup], bool]] = {
+FAULTS: dict[str, Callable[[Versions], bool]] = {
     "cuDNN 9.8 to 9.14 can return wrong 3D convolutions in bfloat16 (pytorch#163539); install 9.15 or later":
-        lambda s: s.precision == "bf16" and s.torch < (2, 9) and _doubtful(s.cudnn),
+        lambda v: v.precision == "bf16" and v.torch < (2, 9) and _is_faulty_cudnn(v.cudnn),
     "PyTorch 2.9.0 bypasses cuDNN for 3D convolutions in bfloat16, slowly and in three times the memory "
     "(pytorch#166643); update PyTorch":
-        lambda s: s.precision == "bf16" and s.torch == (2, 9, 0),
+        lambda v: v.precision == "bf16" and v.torch == (2, 9, 0),
     "PyTorch bypasses cuDNN 9.8 to 9.14 for 3D convolutions in bfloat16, slowly and in three times the "
     "memory (pytorch#166643); install cuDNN 9.15 or later":
-        lambda s: s.precision == "bf16" and s.torch > (2, 9, 0) and _doubtful(s.cudnn),
+        lambda v: v.precision == "bf16" and v.torch > (2, 9, 0) and _is_faulty_cudnn(v.cudnn),
     "cuDNN 9.10.2 to 9.15 has a broken 3D convolution in TF32 (pytorch#167024); use --precision fp32":
-        lambda s: s.precision == "tf32" and 91_002 <= s.cudnn < 91_600,
+        lambda v: v.precision == "tf32" and 91_002 <= v.cudnn < 91_600,
     "wrong gradients of cuDNN were reported for such cards with PyTorch 2.6 (pytorch#150700); update PyTorch":
-        lambda s: s.capability == (9, 0) and s.torch < (2, 7),
+        lambda v: v.capability == (9, 0) and v.torch < (2, 7),
 }  # fmt: skip
 
 
 def known_faults(device: torch.device, precision: str) -> list[str]:
-    """The known faults of the versions at hand, a line each; none but on CUDA."""
+    """The known faults of the installed versions on a CUDA device, one line each; none elsewhere."""
     if device.type != "cuda":
         return []
     release = tuple(int(number) for number in re.findall(r"\d+", torch.__version__)[:3])
     capability, cudnn = torch.cuda.get_device_capability(device), torch.backends.cudnn.version() or 0
-    setup = Setup(release, cudnn, capability, precision)
-    return [fault for fault, applies in FAULTS.items() if applies(setup)]
+    versions = Versions(release, cudnn, capability, precision)
+    return [fault for fault, applies in FAULTS.items() if applies(versions)]
 
 
 # Sizes -------------------------------------------------------------------------------------------
@@ -162,33 +186,32 @@ def free_memory(device: torch.device) -> int:
 
 @functools.cache
 def values_at_once(device: torch.device, on_cpu: int) -> int:
-    """How many float32 values to work on at once.
+    """How many float32 values to compute at once.
 
-    On a CPU that is what its caches favour. A GPU wants large pieces: 1/32 of the memory that is free at the
-    first call, a power of two, so that the same card takes the same pieces each time.
+    On a CPU it is what suits the caches, `on_cpu`. A GPU wants large chunks: 1/32 of the memory that is free
+    at the first call, as a power of two, so that the same card takes the same chunks each time.
     """
     if device.type != "cuda":
         return on_cpu
     fitting = 2 ** int(log2(max(free_memory(device) // (32 * 4), 1)))
-    return min(fitting, LARGEST_CHUNK)
+    return min(fitting, MAX_CHUNK_VALUES)
 
 
-def check_batch(batch: int, per_scan: int, device: torch.device) -> int:
-    """Check that a GPU's libraries can count what a batch makes of its scans.
+def training_memory(batch: int, per_scan: int) -> int:
+    """Peak memory of a training step, in bytes: about five times the largest layer's output in float32."""
+    return 5 * 4 * batch * per_scan
+
+
+def check_batch(batch: int, per_scan: int, device: torch.device) -> None:
+    """Raise InputError where a GPU's tensors would have more values than can be counted there.
 
     Args:
         batch: scans at once.
         per_scan: values of the largest layer's output for one scan.
-
-    Returns:
-        About how many bytes a training step takes at its height: five of the largest layer's outputs.
-
-    Raises:
-        InputError: they cannot; with the largest batch that works.
     """
-    if device.type == "cpu" or batch * per_scan <= MOST_VALUES:
-        return 5 * 4 * batch * per_scan
-    largest = MOST_VALUES // per_scan
+    if device.type == "cpu" or batch * per_scan <= MAX_TENSOR_VALUES:
+        return
+    largest = MAX_TENSOR_VALUES // per_scan
     way_out = f"the largest batch that works is {largest}" if largest else "no batch works; use --device cpu"
     raise InputError(
         f"--batch {batch}: a layer's output has {batch * per_scan} values, more than 2^31 - 1, which a GPU's "

@@ -1,9 +1,9 @@
-"""The layers that make a training step slow on a CPU, done differently: same numbers, up to rounding.
+"""Fast versions of the layers that make a training step slow on a CPU; same numbers, up to rounding.
 
 BatchNorm, ReLU and max pooling are one function that works on the pooled grid (`norm_relu_pool`).
 
-After a convolution at full resolution these three layers cost more than the convolution: each reads
-and writes every voxel of every channel, forth and back. But normalisation is increasing in each
+At full resolution these three layers cost more than the convolution before them: each reads
+and writes every voxel of every channel, forwards and backwards. But normalisation is increasing in each
 channel (decreasing where its weight is negative) and so is ReLU, so both may come after the pool,
 on 1/8 or 1/27 of the voxels. What stays at full resolution are the batch's mean and variance, the
 pool itself, and the gradient.
@@ -17,11 +17,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-SLAB = 4  # rows along the first axis whose moments are taken at once
+SLAB = 4  # rows along the first axis whose mean and variance are taken at once
 
 
 def norm_relu_pool(values: Tensor, norm: nn.BatchNorm3d, pool: nn.MaxPool3d) -> Tensor:
-    """pool(relu(norm(values))) in training mode; updates the running statistics of `norm`.
+    """pool(relu(norm(values))) in training mode. Updates the running statistics of `norm`.
 
     Args:
         values: (B, n, X, Y, Z), a convolution's output.
@@ -36,15 +36,15 @@ def norm_relu_pool(values: Tensor, norm: nn.BatchNorm3d, pool: nn.MaxPool3d) -> 
     share = 1 / float(batches) if norm.momentum is None else norm.momentum  # None: the mean over all batches
     cast(Tensor, norm.running_mean).lerp_(mean, share)
     cast(Tensor, norm.running_var).lerp_(variance * (count / (count - 1)), share)
-    precision = torch.rsqrt(variance + norm.eps)
-    return _NormReluPool.apply(values, norm.weight, norm.bias, mean, precision, cast(int, pool.kernel_size))
+    inverse_std = torch.rsqrt(variance + norm.eps)
+    return _NormReluPool.apply(values, norm.weight, norm.bias, mean, inverse_std, cast(int, pool.kernel_size))
 
 
 def statistics(values: Tensor) -> tuple[Tensor, Tensor]:
     """Mean and variance (not corrected) of every channel of (B, n, X, Y, Z), two (n,).
 
     PyTorch adds up channels-last values one after the other, which costs digits where a channel
-    has millions of voxels. Slabs are short enough; their moments are put together in float64.
+    has millions of voxels. Slabs are short enough; their moments are combined in float64.
     """
     dtype = torch.float64 if values.dtype == torch.float64 else torch.float32
     moments, counts = [], []
@@ -62,43 +62,43 @@ def statistics(values: Tensor) -> tuple[Tensor, Tensor]:
 class _NormReluPool(torch.autograd.Function):
     """The three layers given the batch's mean and 1 / standard deviation, each (n,).
 
-    BatchNorm's gradient takes in that both depend on the values, so they get no gradient of their own.
+    The backward pass includes that both depend on the values, so they get no gradient of their own.
     """
 
     @staticmethod
     def forward(
-        ctx: Any, values: Tensor, weight: Tensor, bias: Tensor, mean: Tensor, precision: Tensor, window: int
+        ctx: Any, values: Tensor, weight: Tensor, bias: Tensor, mean: Tensor, inverse_std: Tensor, window: int
     ) -> Tensor:
         # where the weight is negative the largest output comes from the smallest input
         sign = torch.where(weight < 0, -1, 1).to(values.dtype).view(-1, 1, 1, 1)
-        rising = values if bool((sign > 0).all()) else values * sign
-        pooled, winners = F.max_pool3d(rising, window, return_indices=True)
-        pooled = pooled if rising is values else pooled * sign
-        scale = weight * precision  # (n,)
+        oriented = values if bool((sign > 0).all()) else values * sign
+        pooled, max_indices = F.max_pool3d(oriented, window, return_indices=True)
+        pooled = pooled if oriented is values else pooled * sign
+        scale = weight * inverse_std  # (n,)
         outputs = affine(pooled, scale, bias - mean * scale).relu_()
-        ctx.save_for_backward(values, weight, mean, precision, winners, pooled, outputs)
+        ctx.save_for_backward(values, weight, mean, inverse_std, max_indices, pooled, outputs)
         return outputs
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
-        values, weight, mean, precision, winners, pooled, outputs = ctx.saved_tensors
+        values, weight, mean, inverse_std, max_indices, pooled, outputs = ctx.saved_tensors
         gradient = torch.ops.aten.threshold_backward(gradients[0], outputs, 0)  # (B, n, x, y, z)
-        normal = affine(pooled, precision, -mean * precision)
+        normalised = affine(pooled, inverse_std, -mean * inverse_std)
         count, space = values.numel() // values.shape[1], (0, 2, 3, 4)
-        to_bias = gradient.sum(space, dtype=mean.dtype)  # (n,)
-        to_weight = (gradient * normal).sum(space, dtype=mean.dtype)
-        # BatchNorm's gradient is scale * (g - mean of g - normal * mean of g * normal), and g is zero but
-        # at the winners: everywhere else it is linear in `values`.
-        scale = weight * precision  # (n,)
-        slope = -scale * precision * to_weight / count
-        offset = -scale * to_bias / count - slope * mean
-        won = affine(pooled, slope, offset) + affine(gradient, scale, torch.zeros_like(scale))
-        # in place, for the values have served their turn; autograd refuses a second pass over them
+        bias_gradient = gradient.sum(space, dtype=mean.dtype)  # (n,)
+        weight_gradient = (gradient * normalised).sum(space, dtype=mean.dtype)
+        # BatchNorm's gradient is scale * (g - mean of g - normalised * mean of g * normalised). But g is zero
+        # except at the maxima: everywhere else BatchNorm's gradient is linear in `values`.
+        scale = weight * inverse_std  # (n,)
+        slope = -scale * inverse_std * weight_gradient / count
+        offset = -scale * bias_gradient / count - slope * mean
+        at_maxima = affine(pooled, slope, offset) + affine(gradient, scale, torch.zeros_like(scale))
+        # in place, for the values are needed no more; autograd refuses a second pass over them
         full = affine(values, slope, offset, in_place=True)
-        # numbers of 16 bits are put in place as integers: PyTorch would copy the whole grid otherwise
+        # 16-bit numbers are scattered as integers: PyTorch would copy the whole grid otherwise
         bits = torch.int16 if values.element_size() == 2 else values.dtype
-        full.view(bits).flatten(2).scatter_(2, winners.flatten(2), won.view(bits).flatten(2))
-        return full, to_weight, to_bias, None, None, None
+        full.view(bits).flatten(2).scatter_(2, max_indices.flatten(2), at_maxima.view(bits).flatten(2))
+        return full, weight_gradient, bias_gradient, None, None, None
 
 
 def affine(values: Tensor, factor: Tensor, offset: Tensor, in_place: bool = False) -> Tensor:

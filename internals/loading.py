@@ -34,7 +34,7 @@ class ReadAhead:
 
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
         coming: deque[Future] = deque()
-        pool = ThreadPoolExecutor(self.workers, initializer=devices.adopt, initargs=(self.device,))
+        pool = ThreadPoolExecutor(self.workers, initializer=devices.make_current, initargs=(self.device,))
         try:
             for numbers in self.order:
                 coming.append(pool.submit(self._gather, numbers.tolist()))

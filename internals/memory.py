@@ -5,8 +5,9 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 ROOT = Path("/")
-# file of a limit, of what is used, and the word in memory.stat for cached files, which the kernel gives back
-VERSIONS = {
+# by version of cgroups: the files of limit and usage, and the line of memory.stat that counts cached files,
+# which the kernel gives back
+CGROUP_FILES = {
     1: ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file"),
     2: ("memory.max", "memory.current", "inactive_file"),
 }
@@ -15,8 +16,8 @@ VERSIONS = {
 def available(root: Path = ROOT, environment: Mapping[str, str] = os.environ) -> int:
     """Bytes of memory that this process may still take.
 
-    The least of what the machine has free, what every control group on the way to this process's own has
-    left, and what Slurm granted the job on this node, less what this process holds already.
+    The least of three: what the machine has free; what each control group above this process has left; and
+    what Slurm granted the job on this node, less what this process holds already.
 
     Args:
         root: of the file system.
@@ -27,7 +28,8 @@ def available(root: Path = ROOT, environment: Mapping[str, str] = os.environ) ->
         return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 2
     free = 1024 * _fields(meminfo)["MemAvailable"]
     held = 1024 * _fields(root / "proc/self/status").get("VmRSS", 0)
-    return max(min([free, *_group_rooms(root), *(limit - held for limit in _slurm_limits(environment))]), 0)
+    granted = [limit - held for limit in _slurm_limits(environment)]
+    return max(min([free, *_cgroup_headroom(root), *granted]), 0)
 
 
 def _fields(file: Path) -> dict[str, int]:
@@ -50,14 +52,14 @@ def _number(file: Path) -> int | None:
     return int(text) if text.isdecimal() else None
 
 
-def _group_rooms(root: Path) -> Iterator[int]:
-    """What every control group from this process's own up to the top has left, in bytes."""
+def _cgroup_headroom(root: Path) -> Iterator[int]:
+    """Bytes that each control group from this process's own up to the root has left."""
     for line in _text(root / "proc/self/cgroup").splitlines():
         _, controllers, path = line.split(":", 2)
         if controllers and "memory" not in controllers.split(","):
             continue
         version, top = (1, root / "sys/fs/cgroup/memory") if controllers else (2, root / "sys/fs/cgroup")
-        limit, usage, cached = VERSIONS[version]
+        limit, usage, cached = CGROUP_FILES[version]
         own = top / path.lstrip("/")
         # in a container the path may be that of the host: then its upper end is all there is
         for group in (own, *(parent for parent in own.parents if parent.is_relative_to(top))):

@@ -60,10 +60,9 @@ class ResultFolder:
     files: Files
     parts: Sequence[PartKey]
     identity: Mapping[str, Any]
-    made_from: Mapping[PartKey, Mapping[str, Any]] = field(default_factory=dict)
+    made_from: Mapping[Any, Mapping[str, Any]] = field(default_factory=dict)
     chosen: Sequence[PartKey] | None = None
     overwrite: bool = False
-    _depth: int = 0
 
     # Before any work ----------------------------------------------------------------------------
 
@@ -154,17 +153,22 @@ class ResultFolder:
     def _begin(self, chosen: list[PartKey], about: Mapping[str, Any]) -> list[PartKey]:
         """Tidy up, remove what is to be made anew, write the record; returns the unfinished parts."""
         found, files = self._find(), self.files
-        if self.overwrite and self.chosen is None:
+        if self.overwrite and self.chosen is None:  # an earlier run may have had more parts
             others = set(self.path.glob(f"{LOCK}-*")) - {self._lock(part) for part in chosen}
             if any(storage.is_held(lock) for lock in others):
                 raise InputError(f"--overwrite: another process is at work in {self.path}")
+            for lock in others:  # of processes that died
+                lock.unlink(missing_ok=True)
         mine = [name for part in chosen for name in files.of(part)]
-        storage.remove_leftovers(self.path, [*mine, *files.summary, *files.shared, files.record])
+        shared = [*files.summary, *files.shared, files.record]
+        storage.remove_leftovers(self.path, [*mine, *self._overwritten(), *shared])
         storage.remove(self.path, self._overwritten())
         kept = self._kept(found)
         missing = [part for part in chosen if part not in kept]
+        struck = [*missing, SUMMARY] if missing else []
         record = {"versions": storage.package_versions(), **found, **about, **self.identity}
-        record[FINISHED] = self._in_order({part for part in kept if not missing or part != SUMMARY})
+        # other processes' parts stay, even if they were made from what this one has not seen yet
+        record[FINISHED] = [part for part in self._named(found) if part not in struck]
         for fact in files.facts:
             entries = storage.entry({fact: {}} | found, fact, dict)
             record[fact] = {key: entries[key] for key in entries if key not in map(str, missing)}
@@ -205,14 +209,8 @@ class ResultFolder:
     @contextlib.contextmanager
     def locked(self) -> Iterator[None]:
         """Hold the folder's shared files while they are read, changed and written back."""
-        with contextlib.ExitStack() as stack:
-            if not self._depth:
-                stack.enter_context(storage.locked(self.path / LOCK))
-            self._depth += 1
-            try:
-                yield
-            finally:
-                self._depth -= 1
+        with storage.locked(self.path / LOCK):
+            yield
 
     # The record ---------------------------------------------------------------------------------
 
@@ -223,34 +221,42 @@ class ResultFolder:
         """The parts, and SUMMARY, that are finished and not to be overwritten."""
         if not record:
             return set()
-        everything: list[Any] = [*self.parts, SUMMARY]
+        with blaming(self.path / self.files.record):
+            facts = {fact: storage.entry({fact: {}} | record, fact, dict) for fact in self.files.facts}
+
+        def same(part: PartKey) -> bool:
+            wanted = self.made_from.get(part, {})
+            return all((str(part), value) in facts[fact].items() for fact, value in wanted.items())
+
+        return {part for part in self._whole() & set(self._named(record)) if same(part)}
+
+    def _named(self, record: dict[str, Any]) -> list[PartKey]:
+        """The parts, and SUMMARY, that a record calls finished, whatever they were made from."""
         with blaming(self.path / self.files.record):
             # a record of an earlier version has no such list: there the files alone said so
-            named = storage.entry({FINISHED: everything} | record, FINISHED, list)
-            facts = {fact: storage.entry({fact: {}} | record, fact, dict) for fact in self.files.facts}
+            named = storage.entry(record, FINISHED, list) if FINISHED in record else self._whole()
+        return [part for part in (*self.parts, SUMMARY) if part in named]
+
+    def _whole(self) -> set[PartKey]:
+        """The parts, and SUMMARY, whose files are all there and not to be overwritten."""
+        names: dict[PartKey, Sequence[str]] = {SUMMARY: self.files.summary}
+        names |= {part: [name.format(part) for name in self.files.part] for part in self.parts}
         removed = set(storage.matching(self.path, self._overwritten()))
 
-        def whole(part: PartKey) -> bool:
-            names = self.files.summary if part == SUMMARY else [name.format(part) for name in self.files.part]
-            wanted = self.made_from.get(part, {})
-            same = all(facts[fact].get(str(part)) == value for fact, value in wanted.items())
-            paths = [self.path / name for name in names]
-            return same and all(path.exists() and path not in removed for path in paths)
+        def there(name: str) -> bool:
+            return (self.path / name).exists() and self.path / name not in removed
 
-        return {part for part in everything if part in named and whole(part)}
+        return {part for part in names if all(there(name) for name in names[part])}
 
     def _enter(self, part: PartKey, facts: Mapping[str, Any]) -> None:
         """Enter a finished part into the record."""
         record = self._read()
-        known = storage.entry({FINISHED: []} | record, FINISHED, list)
-        record[FINISHED] = self._in_order({*known, part})
+        finished = [*self._named(record), part]
+        record[FINISHED] = [name for name in (*self.parts, SUMMARY) if name in finished]
         for fact, value in facts.items():
             entries = {**record.get(fact, {}), str(part): value}
             record[fact] = {str(key): entries[str(key)] for key in self.parts if str(key) in entries}
         storage.write_json(record, self.path / self.files.record)
-
-    def _in_order(self, names: set[Any]) -> list[PartKey]:
-        return [part for part in (*self.parts, SUMMARY) if part in names]
 
 
 def _name(part: PartKey) -> str:

@@ -20,7 +20,7 @@ import torch
 from internals.errors import Failure, InputError, blaming
 
 PACKAGES = ("torch", "numpy", "pandas", "nibabel", "scikit-learn", "nilearn", "captum")
-RECORD_SIZE = 2**22  # bytes of a record: one of a thousand folds has a tenth of it
+RECORD_SIZE = 2**25  # bytes of a record: simulate.py's of 30,000 subjects
 PARTIAL = ".partial-"  # begins the names of temporary files
 KEPT = "; what was finished before is kept"
 

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import nibabel as nib
 import numpy as np
+import pandas as pd
 import torch
 
 import dataset
@@ -27,7 +28,10 @@ OBLIQUE = np.array(
 # What spreadsheets and pandas like to change: leading zeros, exponents, "NA".
 SUBJECTS = ["007", "010", "NA", "0003", "1e5", "005", "6.0", "0012", "+9", "011", "13", "007"]
 LABELS = [0, 1, 1, 0, 0, 1, 1, 0, 1, 0, 1, 0]
-MODEL = "modelB2"
+MODEL, K = "modelB2", 2
+# how train_cv.py is called for the run that tests share: quick, and in memory
+TRAINED = ["--model", MODEL, "--device", "cpu", "--batch", "2", "--fold", str(K), "--lr", "1e-3"]
+TRAINED += ["--epochs", "2", "--val-fraction", "0.34", "--seed", "3", "--cache", "ram"]
 
 
 def voxels(seed: int, label: int = 0, shape: tuple[int, ...] = SHAPE) -> np.ndarray:
@@ -88,6 +92,14 @@ def read_nifti(path: Path) -> nib.Nifti1Image:
 def read_values(path: Path) -> np.ndarray:
     """Voxels of a NIfTI file as float64, scaled as its header says."""
     return np.asarray(read_nifti(path).dataobj, dtype=np.float64)
+
+
+def read_table(path: Path) -> pd.DataFrame:
+    """A CSV as it stands: "NA" is a subject, "007" is not 7; numbers are numbers, blanks NaN."""
+    table = pd.read_csv(path, dtype=str, keep_default_na=False)
+    for column in table.columns.difference(["path", "subject", "role"]):
+        table[column] = pd.to_numeric(table[column])
+    return table
 
 
 def load_network(checkpoint: Path) -> models.CNN3d:

@@ -1,7 +1,5 @@
-"""Small networks, volumes and bookkeeping that the tests of the explanation methods share."""
+"""Small networks, volumes and arguments that the tests of the explanation methods share."""
 
-import contextlib
-from collections.abc import Callable, Iterator
 from math import prod
 from typing import NamedTuple
 
@@ -11,8 +9,6 @@ from torch import Tensor, nn
 
 import models
 from models import CNN3d
-
-Explain = Callable[[CNN3d, Tensor, Tensor], Tensor]
 
 
 class Case(NamedTuple):
@@ -33,9 +29,7 @@ CASES = {
 }
 
 
-def over_cases(function):
-    """Run a test over every case of kernels and pools."""
-    return pytest.mark.parametrize("case", CASES.values(), ids=CASES.keys())(function)
+over_cases = pytest.mark.parametrize("case", CASES.values(), ids=CASES)
 
 
 # Networks and volumes ----------------------------------------------------------------------------
@@ -128,15 +122,9 @@ def mixed_targets(batch: int) -> Tensor:
     return (torch.arange(batch) + 1) % 2
 
 
-def linear_stub(model: CNN3d, weight: list[list[float]], bias: list[float]) -> None:
-    """Set the hidden layer; output 1 is its first unit, output 0 minus that."""
-    hidden, output = model.linears()
-    with torch.no_grad():
-        hidden.weight.copy_(torch.tensor(weight))
-        hidden.bias.copy_(torch.tensor(bias))
-        output.weight.zero_()
-        output.weight[:, 0] = torch.tensor([-1.0, 1.0])
-        output.bias.zero_()
+def example(case: Case, batch: int = 2) -> tuple[CNN3d, Tensor, Tensor]:
+    """A network, scans and their targets."""
+    return random_network(case), random_volume(case, batch), mixed_targets(batch)
 
 
 def plain_norms(model: CNN3d) -> CNN3d:
@@ -180,9 +168,9 @@ def network_by_hand() -> tuple[CNN3d, Tensor]:
 
 def on_diagonal(*values: float) -> Tensor:
     """A scan (1, 1, 3, 3, 3) of zeros but for its diagonal."""
-    return torch.diag_embed(torch.diag(torch.tensor(values, dtype=torch.float64))).mul(
-        torch.eye(3, dtype=torch.float64)[:, None, :]
-    )[None, None]
+    volume = torch.zeros(1, 1, 3, 3, 3, dtype=torch.float64)
+    volume.view(27)[::13] = torch.tensor(values, dtype=torch.float64)
+    return volume
 
 
 # Comparison --------------------------------------------------------------------------------------
@@ -199,49 +187,20 @@ def difference(found: Tensor, expected: Tensor) -> float:
     return relative
 
 
-# The model as it was found -----------------------------------------------------------------------
+def check_nearly_equal(found: Tensor, expected: Tensor) -> None:
+    """Two float32 maps agree to rounding nearly everywhere, and as a whole.
 
-HOOKS = [
-    name
-    for name, value in vars(nn.Module()).items()
-    if "hooks" in name and isinstance(value, dict) and not name.startswith("__")
-]
-
-
-def snapshot(model: CNN3d) -> dict[str, object]:
-    """Everything a method must leave alone, in a form that compares with ==."""
-    state: dict[str, object] = {}
-    for name, module in model.named_modules():
-        state[f"{name} attributes"] = sorted(vars(module))
-        state[f"{name} training"] = module.training
-        for hooks in HOOKS:
-            state[f"{name} {hooks}"] = list(getattr(module, hooks))
-    for name, parameter in model.named_parameters():
-        state[f"{name} requires_grad"] = parameter.requires_grad
-        state[f"{name} grad"] = parameter.grad is None
-        state[f"{name} hooks"] = parameter._backward_hooks is None
-        state[f"{name} address"] = parameter.data_ptr()
-    for name, values in model.state_dict().items():
-        state[name] = values.numpy().tobytes()
-    return state
-
-
-@contextlib.contextmanager
-def left_as_found(model: CNN3d) -> Iterator[None]:
-    """Put a model into a state that no method would choose, and see it come back to just that.
-
-    Modes differ between modules, some parameters are frozen and there is a hook of the user's own.
+    Where the two largest voxels of a window differ by rounding, another one may be the maximum. That moves a
+    voxel's gradient, or all that a late window sees. Few are so close, and not the same on every processor.
     """
-    model.train()
-    model.features[1].eval()
-    model.classifier[3].weight.requires_grad_(False)
-    model.features[2].register_forward_hook(lambda *_: None)
-    before = snapshot(model)
-    grad = torch.is_grad_enabled()
-    yield
-    assert snapshot(model) == before
-    assert torch.is_grad_enabled() == grad
+    assert (found.shape, found.dtype) == (expected.shape, torch.float32)
+    largest = expected.abs().max()
+    assert largest > 0
+    assert ((found - expected).abs() < 1e-4 * largest).double().mean() > 0.95
+    assert (found - expected).norm() < 0.1 * expected.norm()
 
+
+# Arguments -------------------------------------------------------------------------------------
 
 # name: what a method must refuse, as changes of good arguments of one scan on an 8x8x8 grid
 BAD_ARGUMENTS: dict[str, dict[str, object]] = {
@@ -259,61 +218,10 @@ BAD_ARGUMENTS: dict[str, dict[str, object]] = {
 }
 
 
-def over_bad_arguments(function):
-    """Run a test with a good model, volume and target of which one is bad."""
-    return pytest.mark.parametrize("changes", BAD_ARGUMENTS.values(), ids=BAD_ARGUMENTS.keys())(function)
+over_bad_arguments = pytest.mark.parametrize("changes", BAD_ARGUMENTS.values(), ids=BAD_ARGUMENTS)
 
 
 def arguments(**changes: object) -> dict[str, object]:
     """Good arguments for any method, but for the given changes."""
     model = assemble(((3, 2),), (8, 8, 8)).float()
     return {"model": model, "volume": torch.rand(1, 1, 8, 8, 8), "target": torch.tensor([1])} | changes
-
-
-def check_left_as_found(explain: Explain) -> None:
-    """The model is left as it was found: by success, by an error midway and by bad arguments."""
-    case = CASES["A two blocks"]
-    model = random_network(case)
-    with left_as_found(model):
-        explain(model, random_volume(case), torch.tensor([1]))
-    with left_as_found(model), pytest.raises(RuntimeError, match="shapes cannot be multiplied"):
-        # two voxels too long along one axis: all blocks run, then the hidden layer does not fit
-        explain(model, torch.rand(1, 1, 24, 25, 27, dtype=torch.float64), torch.tensor([1]))
-    with left_as_found(model), pytest.raises(ValueError, match="target"):
-        explain(model, random_volume(case), torch.tensor([2]))
-
-
-def check_mode_does_not_matter(explain: Explain) -> None:
-    """A model left in training mode is explained in evaluation mode: no dropout, no batch statistics."""
-    case = CASES["A two blocks"]
-    model, volume, target = random_network(case), random_volume(case, batch=2), torch.tensor([1, 0])
-    expected = explain(model, volume, target)
-    # bitwise: the same operations on the same numbers
-    assert torch.equal(explain(model.train(), volume, target), expected)
-
-
-def check_result_like_volume(explain: Explain) -> None:
-    """Same shape, dtype and device as the volume; finite; outside autograd; the volume untouched."""
-    case = CASES["one block"]
-    for dtype in (torch.float32, torch.float64):
-        model, volume = random_network(case).to(dtype), random_volume(case, batch=2).to(dtype)
-        before = volume.clone()
-        found = explain(model, volume, torch.tensor([1, 0]))
-        assert (found.shape, found.dtype, found.device) == (volume.shape, volume.dtype, volume.device)
-        assert torch.isfinite(found).all()
-        assert found.abs().sum() > 0
-        assert not found.requires_grad
-        assert torch.equal(volume, before)
-
-
-def check_scans_are_independent(explain: Explain) -> None:
-    """A batch with a target per scan is its scans explained one by one, and targets matter."""
-    case = CASES["B"]
-    model, volume, target = random_network(case), random_volume(case, batch=3), mixed_targets(3)
-    together = explain(model, volume, target)
-    apart = torch.cat(
-        [explain(model, scan[None], goal[None]) for scan, goal in zip(volume, target, strict=True)]
-    )
-    # float64 sums in another order, over a few thousand terms at most
-    assert difference(together, apart) < 1e-11
-    assert difference(explain(model, volume, 1 - target), apart) > 0.1

@@ -13,12 +13,8 @@ from torch import Tensor
 from internals import devices
 from models import CNN3d
 
-KINDS = {
-    "cpu": True,
-    "cuda": torch.cuda.is_available(),
-    "mps": torch.backends.mps.is_available(),
-    "stand-in for cuda": True,
-}
+GPUS = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
+KINDS = ["cpu", *(kind for kind, there in GPUS.items() if there), "stand-in for cuda"]
 LAYOUTS = {"": torch.contiguous_format, ", channels last": torch.channels_last_3d}
 
 
@@ -42,7 +38,7 @@ class Place(NamedTuple):
             return
         with pytest.MonkeyPatch.context() as patch, StandIn("cuda") as standin:
             patch.setattr(devices, "free_memory", lambda device: 2**20)
-            patch.setattr(devices, "mark", lambda device: lambda: None)
+            patch.setattr(devices, "record_event", lambda device: lambda: None)
             devices.values_at_once.cache_clear()
             yield standin.device
         devices.values_at_once.cache_clear()
@@ -63,14 +59,7 @@ class Place(NamedTuple):
         return what.to(device) if isinstance(what, Tensor) else what
 
 
-PLACES = {
-    f"{kind}{name}": Place(kind, layout)
-    for kind, there in KINDS.items()
-    if there
-    for name, layout in LAYOUTS.items()
-}
+PLACES = {f"{kind}{name}": Place(kind, layout) for kind in KINDS for name, layout in LAYOUTS.items()}
 
 
-def over_places(function):
-    """Run a test in every place; it does there what `place.do` is asked for."""
-    return pytest.mark.parametrize("place", PLACES.values(), ids=PLACES.keys())(function)
+over_places = pytest.mark.parametrize("place", PLACES.values(), ids=PLACES)

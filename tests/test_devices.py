@@ -2,7 +2,8 @@
 
 import copy
 import itertools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
+from functools import partial
 from types import SimpleNamespace
 from typing import Any
 
@@ -11,7 +12,7 @@ import pandas as pd
 import pytest
 import torch
 import torch.nn.functional as F
-from networks import CASES, Case, difference, over_cases, random_network, random_volume
+from networks import CASES, Case, difference, example, over_cases, random_network, random_volume
 from places import PLACES, Place, over_places
 from standin import StandIn
 from torch import Tensor
@@ -46,35 +47,40 @@ def test_auto_is_never_mps(monkeypatch):
     assert devices.resolve_device("mps") == torch.device("mps")
 
 
-@pytest.mark.parametrize(("name", "index"), [("auto", 0), ("cuda", 0), ("0", 0), ("1", 1), ("cuda:1", 1)])
-def test_a_gpu_becomes_the_current_device(monkeypatch, name, index):
-    """Else pinned memory and whatever names no device would go to the first GPU."""
-    current: list[torch.device] = []
+@pytest.fixture
+def current(monkeypatch) -> list[torch.device]:
+    """Two GPUs, as far as PyTorch tells; which became the current one, and where a tensor was made."""
+    used: list[torch.device] = []
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
-    monkeypatch.setattr(torch.cuda, "set_device", current.append)
-    monkeypatch.setattr(torch, "zeros", lambda *_, device: current.append(device))
+    monkeypatch.setattr(torch.cuda, "set_device", used.append)
+    monkeypatch.setattr(torch, "zeros", lambda *_, device: used.append(device))
+    return used
+
+
+@pytest.mark.parametrize(("name", "index"), [("auto", 0), ("cuda", 0), ("0", 0), ("1", 1), ("cuda:1", 1)])
+def test_a_gpu_becomes_the_current_device(current, name, index):
+    """Else pinned memory and whatever names no device would go to the first GPU."""
     assert devices.resolve_device(name) == torch.device("cuda", index)
     assert current == [torch.device("cuda", index)] * 2  # and it is tried
 
 
+@pytest.mark.usefixtures("current")
 def test_a_gpu_that_cannot_be_used_is_one_line(monkeypatch):
     """In PyTorch's words, as where another process has it for itself."""
 
     def busy(_: torch.device) -> None:
         raise RuntimeError("CUDA error: CUDA-capable device(s) is/are busy or unavailable")
 
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
     monkeypatch.setattr(torch.cuda, "set_device", busy)
     with pytest.raises(InputError, match=r"^--device 0: cannot be used \(.*busy or unavailable\)$"):
         devices.resolve_device("0")
 
 
+@pytest.mark.usefixtures("current")
 def test_a_gpu_without_a_driver_is_not_there(monkeypatch):
     """PyTorch counts such cards, but cannot use them."""
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
     assert devices.resolve_device("auto") == CPU
 
 
@@ -82,36 +88,26 @@ def test_a_gpu_without_a_driver_is_not_there(monkeypatch):
 BEYOND = str(torch.cuda.device_count())
 
 
-@pytest.mark.parametrize(
-    "name",
-    [BEYOND, f"cuda:{BEYOND}", "99", "cuda:99", "tpu", "gpu", "meta", "xpu", "-1", "cuda:x", "", "1.0"],
-)
+NAMES = (BEYOND, f"cuda:{BEYOND}", "99", "cuda:99", "tpu", "gpu", "meta", "xpu", "-1", "cuda:x", "", "1.0")
+
+
+@pytest.mark.parametrize("name", NAMES)
 def test_devices_that_are_not(name):
-    with pytest.raises(InputError) as error:
+    with pytest.raises(InputError, match=f"^--device {name}:"):
         devices.resolve_device(name)
-    assert f"--device {name}:" in str(error.value)
 
 
 # Precision ---------------------------------------------------------------------------------------
 
 
-@pytest.fixture
-def _ampere(monkeypatch) -> Iterator[None]:
-    """A GPU with TF32 and bfloat16, as far as PyTorch tells; the flags of float32 as they were afterwards."""
+@pytest.mark.parametrize(("precision", "tf32"), [("fp32", False), ("bf16", False), ("tf32", True)])
+def test_float32_is_float32_unless_tf32_is_asked_for(monkeypatch, precision, tf32):
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 0))
     monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda emulated: True)
-    before = torch.backends.cudnn.allow_tf32, torch.backends.cuda.matmul.allow_tf32
-    torch.backends.cudnn.allow_tf32, torch.backends.cuda.matmul.allow_tf32 = True, True
-    yield
-    torch.backends.cudnn.allow_tf32, torch.backends.cuda.matmul.allow_tf32 = before
-
-
-@pytest.mark.usefixtures("_ampere")
-@pytest.mark.parametrize(("precision", "tf32"), [("fp32", False), ("bf16", False), ("tf32", True)])
-def test_float32_is_float32_unless_tf32_is_asked_for(precision, tf32):
+    for library in (torch.backends.cudnn, torch.backends.cuda.matmul):
+        monkeypatch.setattr(library, "allow_tf32", not tf32)
     devices.set_precision(GPU, precision)
-    assert torch.backends.cudnn.allow_tf32 == tf32
-    assert torch.backends.cuda.matmul.allow_tf32 == tf32
+    assert torch.backends.cudnn.allow_tf32 == torch.backends.cuda.matmul.allow_tf32 == tf32
 
 
 def test_precisions_that_a_device_lacks(monkeypatch):
@@ -224,21 +220,12 @@ CLOSE = {torch.float64: 1e-10, torch.float32: 1e-4}
 @over_places
 @over_cases
 def test_forward_pass_is_that_of_the_layers(place: Place, case: Case):
-    model, volume = random_network(case), random_volume(case, 2)
+    model, volume, _ = example(case)
     with torch.no_grad():
         expected = model.classifier(model.features(volume).flatten(1))
         for dtype in (torch.float64, torch.float32):
             found = place.do(lambda there, scans: there(scans), model.to(dtype), volume.to(dtype))
             assert difference(found, expected) < CLOSE[dtype]
-
-
-def step(dtype: torch.dtype):
-    """The gradients of a training step in some precision, as a function of model, volume and label."""
-
-    def gradients(model: models.CNN3d, volume: Tensor, label: Tensor) -> Tensor:
-        return selfcheck.gradients(model, volume, label, dtype)
-
-    return gradients
 
 
 # The self-check's bounds, but in float32: on a CPU PyTorch's BatchNorm loses digits where channels lie last.
@@ -262,23 +249,21 @@ FAR = {
 @pytest.mark.parametrize("family", models.FAMILIES)
 def test_training_step_is_that_of_the_layers(place: Place, dtype: torch.dtype, family: str):
     """MPS has no float64, the stand-in no autocast."""
-    edge = models.smallest_edge(family)
-    model, volume = selfcheck.lively_network(f"model{family}2", (edge, edge + 1, edge + 2))
+    model, volume = selfcheck.example_network(f"model{family}2")
     label = torch.tensor([0, 1])
-    exact = selfcheck.plain_gradients(copy.deepcopy(model).double(), volume.double(), label)
+    exact = selfcheck.gradients(copy.deepcopy(model).double(), volume.double(), label)
     if dtype == torch.float64:
         model, volume = model.double(), volume.double()
     autocast = torch.bfloat16 if dtype == torch.bfloat16 else torch.float32
-    found = place.do(step(autocast), model, volume, label)
-    assert selfcheck.difference(found, exact, selfcheck.kernels(model)) < FAR[dtype]
+    found = place.do(partial(selfcheck.gradients, dtype=autocast), model, volume, label)
+    assert selfcheck.relative_difference(found, exact, selfcheck.kernel_sizes(model)) < FAR[dtype]
 
 
 @over_places
 @pytest.mark.parametrize("method", selfcheck.MAPS)
 def test_maps_in_float32_are_those_of_float64(place: Place, method: str):
     """As commands make them; test_lrp.py, test_ig.py and test_ggc.py hold them against oracles in float64."""
-    edge = models.smallest_edge("B")
-    model, volume = selfcheck.lively_network("modelB2", (edge, edge + 1, edge + 2))
+    model, volume = selfcheck.example_network("modelB2")
     target, explain = torch.tensor([0, 1]), selfcheck.MAPS[method]
     exact = explain(copy.deepcopy(model).double(), volume.double(), target)
     found = place.do(explain, model, volume, target)
@@ -341,7 +326,7 @@ def test_a_loss_is_waited_for_one_step_late(monkeypatch):
         events.append(f"step {number}")
         return lambda: events.append(f"wait {number}")
 
-    monkeypatch.setattr(devices, "mark", mark)
+    monkeypatch.setattr(devices, "record_event", mark)
     model = random_network(CASES["one block"]).float()
     scans = random_volume(CASES["one block"], 3).float()
     loader = DataLoader(TensorDataset(scans, torch.tensor([1, 0, 1])), 1)
@@ -360,7 +345,7 @@ def test_only_cuda_copies_without_waiting(monkeypatch):
             copies.append((device, non_blocking))
 
     for device in (CPU, GPU, torch.device("mps")):
-        devices.move(Scan(), device)  # type: ignore[arg-type]
+        devices.to_device(Scan(), device)  # type: ignore[arg-type]
     assert copies == [(CPU, False), (GPU, True), (torch.device("mps"), False)]
 
 
@@ -384,7 +369,7 @@ def test_maps_are_described_where_there_is_no_float64(method):
             there.double()
         mean_there, rows_there = explained(copy.deepcopy(model).to(standin.device))
         scans_there, exact = scans.to(standin.device), scans.double()
-        assert selfcheck.measured(lambda: scans_there, exact, CPU)[0] == 0
+        assert selfcheck.measure(lambda: scans_there, exact, CPU)[0] == 0
     # other routines of the same float32 sums
     np.testing.assert_allclose(mean_there, mean, atol=1e-3 * np.abs(mean).max())
     pd.testing.assert_frame_equal(rows_there, rows, rtol=1e-3, atol=1e-3)
@@ -395,21 +380,18 @@ def test_maps_are_described_where_there_is_no_float64(method):
 
 def test_this_cpu_computes_what_it_should():
     checks = list(selfcheck.checks(CPU, "modelB2", ["fp32", "bf16"]))
-    assert [(check.work, check.precision) for check in checks] == [
-        ("forward pass", "fp32"), ("forward pass", "bf16"),
-        ("LRP", "fp32"), ("IG", "fp32"), ("GGC", "fp32"),
-        ("training gradients", "fp32"), ("training gradients", "bf16"),
-    ]  # fmt: skip
-    assert all(check.right and check.difference > 0 for check in checks)
-    selfcheck.require_right(CPU)
+    maps = [(method, "fp32") for method in ("LRP", "IG", "GGC")]
+    forward, gradients = ([(w, p) for p in ("fp32", "bf16")] for w in ("forward pass", "training gradients"))
+    assert [(check.work, check.precision) for check in checks] == [*forward, *maps, *gradients]
+    assert all(check.passed and check.difference > 0 for check in checks)
+    selfcheck.require_correct(CPU)
 
 
 @pytest.mark.parametrize("width", [2, 4])  # those of the commands' own check and of bench/device.py
 @pytest.mark.parametrize("family", models.FAMILIES)
 def test_no_map_of_the_checks_is_zero(family, width):
     """Their difference would be a division by zero: the device would pass for wrong."""
-    edge = models.smallest_edge(family)
-    model, volume = selfcheck.lively_network(f"model{family}{width}", (edge, edge + 1, edge + 2))
+    model, volume = selfcheck.example_network(f"model{family}{width}")
     for explain in selfcheck.MAPS.values():
         assert (explain(model, volume, torch.tensor([0, 1])).flatten(1).norm(dim=1) > 1e-3).all()
 
@@ -425,23 +407,33 @@ def test_a_convolution_that_lies_is_found(monkeypatch):
 
     monkeypatch.setattr(F, "conv3d", lying)
     with pytest.raises(InputError, match=r"wrong values there \(forward pass off by .*use --device cpu"):
-        selfcheck.require_right(CPU)
+        selfcheck.require_correct(CPU)
 
 
-@pytest.mark.parametrize("work", ["LRP", "IG", "GGC"])
-def test_a_map_that_is_wrong_or_zero_is_found(monkeypatch, work):
+def missing(found: Tensor) -> Tensor:
+    raise NotImplementedError("The operator 'aten::max_pool3d_with_indices' is not implemented for MPS")
+
+
+@pytest.mark.parametrize("work", selfcheck.MAPS)
+@pytest.mark.parametrize(
+    ("change", "dtypes", "message"),
+    [
+        (lambda found: found * 1.2, [torch.float32], "wrong values there .{} off by 0.2"),
+        (torch.zeros_like, [torch.float32, torch.float64], "wrong values there .{} off by nan"),
+        (missing, [torch.float32], r"cannot run the networks \(The operator .*use --device cpu"),
+    ],
+    ids=["wrong", "zero", "missing"],
+)
+def test_a_map_that_is_wrong_zero_or_missing_is_found(monkeypatch, work, change, dtypes, message):
     right = selfcheck.MAPS[work]
 
-    def wrong(model: models.CNN3d, volume: Tensor, target: Tensor) -> Tensor:
+    def changed(model: models.CNN3d, volume: Tensor, target: Tensor) -> Tensor:
         found = right(model, volume, target)
-        return found * 1.2 if volume.dtype == torch.float32 else found
+        return change(found) if volume.dtype in dtypes else found
 
-    monkeypatch.setitem(selfcheck.MAPS, work, wrong)
-    with pytest.raises(InputError, match=f"wrong values there .{work} off by 0.2"):
-        selfcheck.require_right(CPU)
-    monkeypatch.setitem(selfcheck.MAPS, work, lambda model, volume, target: torch.zeros_like(volume))
-    with pytest.raises(InputError, match=f"{work} off by nan"):
-        selfcheck.require_right(CPU)
+    monkeypatch.setitem(selfcheck.MAPS, work, changed)
+    with pytest.raises(InputError, match=message.format(work)):
+        selfcheck.require_correct(CPU)
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
@@ -449,43 +441,33 @@ def test_a_kernel_without_a_gradient_is_found(monkeypatch, precision):
     """However small its share of the whole gradient is; here the last convolution's."""
     right = selfcheck.gradients
 
-    def wrong(model: models.CNN3d, *arguments: Any, **options: Any) -> Tensor:
-        found = right(model, *arguments, **options)
-        sizes = selfcheck.kernels(model)
+    def wrong(model: models.CNN3d, *arguments: Any, dtype: torch.dtype | None = None) -> Tensor:
+        found = right(model, *arguments, dtype)
+        if dtype is None:  # the reference
+            return found
+        sizes = selfcheck.kernel_sizes(model)
         parts = list(found.split([*sizes, len(found) - sum(sizes)]))
         parts[4] = torch.zeros_like(parts[4])
         return torch.cat(parts)
 
     monkeypatch.setattr(selfcheck, "gradients", wrong)
     with pytest.raises(InputError, match=r"wrong values there \(training gradients off by 1[,)]"):
-        selfcheck.require_right(CPU, precision)
+        selfcheck.require_correct(CPU, precision)
 
 
 def test_a_difference_that_is_no_number_is_not_right():
-    zero, one = torch.zeros(4), torch.ones(4)
-    for found, right, sizes in ((zero, zero, []), (zero * torch.nan, one, [1, 2]), (one, zero, [4])):
-        assert not selfcheck.difference(found, right, sizes) < 1e9
-    assert selfcheck.difference(one, one + torch.tensor([0, 0, 1, 0]), [1, 1]) == pytest.approx(1 / 7**0.5)
-    assert selfcheck.difference(one, one + torch.tensor([0, 0, 1, 0]), [2, 1]) == 0.5
-
-
-def test_an_operation_that_is_missing_is_one_line(monkeypatch):
-    right = selfcheck.MAPS["LRP"]
-
-    def missing(model: models.CNN3d, volume: Tensor, target: Tensor) -> Tensor:
-        if volume.dtype == torch.float64:
-            return right(model, volume, target)
-        raise NotImplementedError("The operator 'aten::max_pool3d_with_indices' is not implemented for MPS")
-
-    monkeypatch.setitem(selfcheck.MAPS, "LRP", missing)
-    with pytest.raises(InputError, match=r"cannot run the networks \(The operator .*use --device cpu"):
-        selfcheck.require_right(CPU)
+    zero, one, found = torch.zeros(4), torch.ones(4), selfcheck.relative_difference
+    for values, reference, sizes in ((zero, zero, []), (zero * torch.nan, one, [1, 2]), (one, zero, [4])):
+        assert not found(values, reference, sizes) < 1e9
+    other = one + torch.tensor([0, 0, 1, 0])
+    assert found(one, other, [1, 1]) == pytest.approx(1 / 7**0.5)
+    assert found(one, other, [2, 1]) == 0.5
 
 
 def test_mps_is_checked_before_it_is_used_and_warnings_are_said(monkeypatch, capsys):
     checked: list[tuple[torch.device, str]] = []
     monkeypatch.setattr(torch.backends.mps, "is_available", lambda: True)
-    monkeypatch.setattr(selfcheck, "require_right", lambda *what: checked.append(what))
+    monkeypatch.setattr(selfcheck, "require_correct", lambda *what: checked.append(what))
     assert selfcheck.open_device("mps", "bf16") == torch.device("mps")
     assert checked == [(torch.device("mps"), "bf16")]
     monkeypatch.setattr(devices, "known_faults", lambda device, precision: [f"broken in {precision}"])
@@ -495,10 +477,10 @@ def test_mps_is_checked_before_it_is_used_and_warnings_are_said(monkeypatch, cap
 
 
 def test_synchronise_waits_for_a_gpu(monkeypatch):
-    waited: list[str] = []
-    module = SimpleNamespace(synchronize=lambda: waited.append("mps"))
+    waited: list[torch.device] = []
+    module = SimpleNamespace(synchronize=lambda: waited.append(GPU))
     monkeypatch.setattr(torch, "get_device_module", lambda device: module)
     selfcheck.synchronise(CPU)
     assert waited == []
-    selfcheck.synchronise(torch.device("mps"))
-    assert waited == ["mps"]
+    selfcheck.synchronise(GPU)
+    assert waited == [GPU]

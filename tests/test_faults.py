@@ -1,144 +1,190 @@
 """What happens to the commands when disk, memory or other processes fail: one line, and nothing lost."""
 
 import os
+import re
 import shutil
 import signal
 import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import NamedTuple
 
+import nibabel as nib
 import numpy as np
+import pandas as pd
 import pytest
 import torch
-from cohorts import MODEL, SHAPE, contents, only_error, voxels, write_cohort, write_scan
+from cohorts import AFFINE, SHAPE, TRAINED, contents, only_error, voxels, write_scan
 
-import classifier_scores
 import dataset
+import figures
 import heatmap
 import overlap
+import simulate
 import svm
 import train_cv
-from internals import storage
+import training
+from internals import nifti, storage
+from internals.caches import Cache
+from internals.errors import Failure
 
 ROOT = Path(__file__).resolve().parents[1]
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _few_draws():
-    """Fifty bootstrap draws in place of a thousand, for speed; test_metrics.py has the bootstrap."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(classifier_scores, "DRAWS", 50)
-        yield
-
-
-@pytest.fixture(scope="module")
-def world(tmp_path_factory) -> Path:
-    """A cohort, a run, maps of two methods with their overlap, and a reference; read only."""
-    folder = tmp_path_factory.mktemp("world")
-    write_cohort(folder)
-    write_reference(folder)
-    for place in COMMANDS:
-        assert call(place, folder) == 0
-    return folder
-
-
-def write_reference(folder: Path) -> None:
-    """A small block as mask, as a hundred random maps of the whole grid would take minutes; a part of it."""
-    block = np.zeros(SHAPE, bool)
-    block[30:60, 30:60, 30:60] = True
-    write_scan(folder / "mask.nii", block.astype(np.uint8))
-    write_scan(folder / "reference.nii", (block & (voxels(0) > 900)).astype(np.uint8))
-
-
-COMMANDS: dict[str, tuple[Callable[[list[str]], int], str]] = {
-    "models": (
-        train_cv.main,
-        f"--path AT/data.csv --outpath AT/models --model {MODEL} --device cpu --batch 3 --fold 2 --epochs 2 "
-        "--val-fraction 0.34",
-    ),
-    "maps/LRP": (
+TRAIN = f"--path CSV {' '.join(TRAINED)} --cache disk --outpath AT/models"
+COMMANDS: dict[str, tuple[Callable[[list[str]], int], str]] = {  # what fills each place
+    "models": (train_cv.main, TRAIN),
+    "maps/IG-controls": (
         heatmap.main,
-        "--method LRP --modelpath AT/models --outpath AT/maps --device cpu --save-subjects",
+        "--method IG --steps 1 --baseline controls --save-subjects --modelpath AT/models --outpath AT/maps "
+        "--device cpu",
     ),
     "maps/SVM": (svm.main, "--modelpath AT/models --outpath AT/maps --C 1"),
     "overlap": (
         overlap.main,
-        "--maps AT/maps --outpath AT/overlap --reference AT/reference.nii --mask AT/mask.nii --smooth 0 "
-        "--rank-smooth 4",
+        "--maps AT/maps --outpath AT/overlap --reference AT/truth.nii --mask AT/mask.nii --smooth 0 "
+        "--rank-smooth 0",
+    ),
+    "cohort": (simulate.main, "--outpath AT/cohort --subjects 4 --voxel 4"),
+}
+
+
+class World(NamedTuple):
+    """Where every command has written its results, and what was written as a whole meanwhile."""
+
+    folder: Path
+    csv: Path
+    written: set[Path]
+
+    def call(self, place: str, more: str = "") -> int:
+        """Run the command that fills a place."""
+        main, options = COMMANDS[place]
+        words = f"{options} {more}".split()
+        return main([word.replace("AT", str(self.folder)).replace("CSV", str(self.csv)) for word in words])
+
+
+@pytest.fixture(scope="module")
+def world(csv, tmp_path_factory) -> World:
+    """The results of all commands; read only."""
+    world = World(tmp_path_factory.mktemp("world"), csv, set())
+    block = np.zeros(SHAPE, np.uint8)  # a hundred random maps of a whole brain would take minutes
+    block[30:45, 30:45, 30:45] = 1
+    write_scan(world.folder / "mask.nii", block)
+    write_scan(world.folder / "truth.nii", block * (voxels(0) > 900))
+    honest = storage.atomic_write
+
+    def recorded(path: Path):
+        world.written.add(path)
+        return honest(path)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(storage, "atomic_write", recorded)
+        assert [world.call(place) for place in COMMANDS] == [0] * len(COMMANDS)
+    return world
+
+
+@pytest.fixture
+def at(world, tmp_path) -> World:
+    """The same results, to be changed: links, as commands put new files in the place of old ones."""
+    shutil.copytree(world.folder, tmp_path, copy_function=os.link, dirs_exist_ok=True)
+    return world._replace(folder=tmp_path)
+
+
+# The disk ------------------------------------------------------------------------------------------
+
+
+def test_every_file_of_every_command_is_written_as_a_whole(world):
+    files = {path for place in COMMANDS for path in (world.folder / place).rglob("*") if path.is_file()}
+    assert files - world.written == set()
+    for place, command in [("models", train_cv), ("maps/IG-controls", heatmap), ("maps/SVM", svm),
+                           ("overlap", overlap)]:  # fmt: skip
+        for pattern in set(command.FILES.of_all()) - {"progress_f*.pth"}:
+            assert list((world.folder / place).glob(pattern)), pattern
+    assert any(path.parent.name == "cache" for path in files)
+
+
+HISTORY = pd.DataFrame([[1, 0.7, 0.7, 0.5, 9]], columns=training.HISTORY)
+HEADER = nib.Nifti1Image(np.ones((4, 5, 6), np.int16), AFFINE).header
+WRITERS: dict[str, Callable[[Path], object]] = {
+    "a.csv": lambda path: storage.write_csv(HISTORY, path),
+    "a.json": lambda path: storage.write_json({"epoch": 1}, path),
+    "a.pth": lambda path: storage.write_tensors({"weight": torch.zeros(3)}, path),
+    "a.nii": lambda path: nifti.save_map(np.zeros((4, 5, 6)), HEADER, path),
+    "a.nii.gz": lambda path: nifti.save_map(np.zeros((4, 5, 6)), HEADER, path),
+    "a.png": lambda path: figures.draw_training([HISTORY], 0.0, path),
+    "scans-a.float32": lambda path: Cache("disk", path.parent).fill(
+        (1, 4, 5, 6), "a", lambda keep: keep(0, np.ones((4, 5, 6), np.float32))
     ),
 }
 
 
-def call(place: str, at: Path, more: str = "") -> int:
-    """Run the command that fills a place."""
-    main, options = COMMANDS[place]
-    return main([word.replace("AT", str(at)) for word in f"{options} {more}".split()])
-
-
-FILES = {
-    "models": [
-        *["run.json", "folds.csv", "progress_f0.pth", "history_f1.csv", "state_dict_f0.pth"],
-        *["predictions.csv", "metrics.csv", "training.png"],
-    ],
-    "maps/LRP": [
-        *["map.json", "map_f1.nii.gz", "subjects.csv", "map_all.nii.gz", "map_all.png", "mean_scan.nii.gz"],
-        "subjects/f0_00000_000.nii.gz",
-    ],
-    "maps/SVM": ["map.json", "predictions.csv", "metrics.csv", "map_f0.nii.gz", "weights_f1.nii.gz"],
-    "overlap": ["overlap.json", "overlap.csv", "overlap_ranked.csv", "overlap.png"],
-}
-
-
 @pytest.fixture
-def at(world, tmp_path) -> Path:
-    """The world, to be changed."""
-    for item in world.iterdir():
-        if item.name in ("scans", "data.csv", "reference.nii", "mask.nii"):
-            (tmp_path / item.name).symlink_to(item)
-        else:
-            shutil.copytree(item, tmp_path / item.name)
-    return tmp_path
+def full(monkeypatch) -> Callable[[Path], None]:
+    """Let what is written to a path go to a device that is always full."""
+
+    def fill(path: Path) -> None:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.with_name(f"{storage.PARTIAL}{path.name}").symlink_to("/dev/full")
+        monkeypatch.setattr(storage, "remove_leftovers", lambda *_: None)  # or the link would be swept up
+
+    return fill
+
+
+@pytest.mark.parametrize("name", WRITERS)
+def test_full_disk_leaves_the_old_file(name, full, tmp_path):
+    (tmp_path / name).write_text("old")
+    full(tmp_path / name)
+    with pytest.raises(Failure, match=re.escape(f"{name}: cannot be written (No space left on device)")):
+        WRITERS[name](tmp_path / name)
+    assert contents(tmp_path) == {name: b"old"}
 
 
 def results(folder: Path) -> dict[str, bytes]:
     """All files, less what names places, versions and seconds."""
-    files = dict(contents(folder))
-    for name in list(files):
-        if name.endswith(".json"):
-            del files[name]
-        elif Path(name).name.startswith("history"):
+    files = {name: content for name, content in contents(folder).items() if not name.endswith(".json")}
+    for name in files:
+        if name.startswith("history"):
             files[name] = b"\n".join(line.rsplit(b",", 1)[0] for line in files[name].splitlines())
     return files
 
 
-@pytest.mark.parametrize(("place", "name"), [(place, name) for place in FILES for name in FILES[place]])
-def test_full_disk_is_one_line_and_the_same_command_goes_on(at, world, monkeypatch, capsys, place, name):
-    shutil.rmtree(at / place)
-    (at / place / name).parent.mkdir(parents=True)
-    # what is written there goes to a device that is always full; what a crash left is not swept up meanwhile
-    (at / place / name).with_name(f".partial-{Path(name).name}").symlink_to("/dev/full")
-    with monkeypatch.context() as patch:
-        patch.setattr(storage, "remove_leftovers", lambda *_: None)
-        assert call(place, at) == 1
+@pytest.mark.parametrize(
+    ("place", "name"),
+    [
+        ("models", "history_f1.csv"),
+        ("maps/IG-controls", "subjects/f1_00001_001.nii.gz"),
+        ("maps/SVM", "predictions.csv"),
+        ("overlap", "overlap.png"),
+        ("cohort", "scans/sub-003_T1w.nii.gz"),
+    ],
+)
+def test_full_disk_is_one_line_and_the_same_command_goes_on(
+    at, world, full, monkeypatch, capsys, place, name
+):
+    shutil.rmtree(at.folder / place)
+    full(at.folder / place / name)
+    assert at.call(place) == 1
     line = only_error(capsys.readouterr().err)
     assert f"{Path(name).name}: cannot be written (No space left on device)" in line
-    assert not [file for file in contents(at / place) if ".partial" in file or ".lock" in file]
-    assert call(place, at) == 0
-    assert results(at / place) == results(world / place)
+    assert [file for file in contents(at.folder / place) if storage.PARTIAL in file or ".lock" in file] == []
+    monkeypatch.undo()
+    assert at.call(place) == 0
+    assert results(at.folder / place) == results(world.folder / place)
 
 
 def test_folder_that_is_removed_is_not_made_again(at, monkeypatch, capsys):
-    honest = train_cv.train_epoch
+    honest = training.train_epoch
 
     def remove(*args):
-        shutil.rmtree(at / "new")
+        shutil.rmtree(at.folder / "new")
         return honest(*args)
 
-    monkeypatch.setattr(train_cv, "train_epoch", remove)
-    assert call("models", at, "--outpath AT/new") == 1
-    assert "new: cannot be written and locked (No such file" in only_error(capsys.readouterr().err)
-    assert not (at / "new").exists()
+    monkeypatch.setattr(training, "train_epoch", remove)
+    assert at.call("models", f"--cache none --outpath {at.folder}/new") == 1
+    assert "progress_f0.pth: cannot be written (No such file" in only_error(capsys.readouterr().err)
+    assert not (at.folder / "new").exists()
+
+
+# Processes and memory ------------------------------------------------------------------------------
 
 
 def test_killed_reading_process_is_one_line(at, monkeypatch, capfd):
@@ -150,29 +196,28 @@ def test_killed_reading_process_is_one_line(at, monkeypatch, capfd):
         return honest(file)
 
     monkeypatch.setattr(dataset, "read_scan", killed)
-    assert call("models", at, "--outpath AT/new --cache none --workers 1") == 1
+    assert at.call("models", f"--outpath {at.folder}/new --cache none --workers 1") == 1
     line = only_error(capfd.readouterr().err)
-    assert "a process that reads scans ended" in line
-    assert "--workers" in line
+    assert "a process that reads scans ended; lower --workers" in line
 
 
 # Training that may take a little more memory than it has when it begins.
 STARVED = """
-import resource, sys, train_cv, utils
+import resource, sys, train_cv
 def starve(*_):
     taken = int(open("/proc/self/statm").read().split()[0]) * resource.getpagesize()
     resource.setrlimit(resource.RLIMIT_AS, (taken + 2**27, taken + 2**27))
     return honest(*_)
-honest, train_cv.new_training = train_cv.new_training, starve
+honest, train_cv.start = train_cv.start, starve
 sys.exit(train_cv.main(sys.argv[1:]))
 """
 
 
-def test_too_little_memory_is_one_line(at):
-    options = f"{COMMANDS['models'][1]} --outpath AT/new --batch 4 --model modelB24"
-    command = [sys.executable, "-c", STARVED, *options.replace("AT", str(at)).split()]
+def test_too_little_memory_is_one_line(csv, tmp_path):
+    options = f"--path {csv} --outpath {tmp_path} {' '.join(TRAINED)} --batch 4 --model modelB24".split()
+    command = [sys.executable, "-c", STARVED, *options]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
     assert done.returncode == 1, done.stderr
     line = only_error(done.stderr)
     words = ["out of memory", "--batch 4", "94x95x96", "modelB24", "cpu", "lower --batch"]
-    assert all(word in line for word in words), line
+    assert [word for word in words if word not in line] == [], line

@@ -9,12 +9,11 @@ import torch.nn.functional as F
 from networks import (
     CASES,
     Case,
-    arguments,
     difference,
+    example,
     head_in_zeros,
     mixed_targets,
     network_by_hand,
-    over_bad_arguments,
     over_cases,
     random_network,
     random_volume,
@@ -22,30 +21,21 @@ from networks import (
 from torch import Tensor
 
 from internals import folded
+from internals.devices import to_memory_format
 from internals.folded import (
-    Block,
-    Network,
-    check_arguments,
+    FoldedBlock,
+    FoldedNetwork,
+    batchnorm_scale,
+    bounding_box,
     convolve,
-    norm_factor,
-    pull,
-    support,
-    through_relu,
-    unpool,
-    whole,
+    full_box,
+    max_unpool,
+    relu_backward,
+    transposed_convolution,
 )
-from models import in_layout
 
 # Sums of at most a few thousand float64 terms, in another order
 ORACLE = 1e-10
-
-
-def block_inputs(case: Case, number: int, batch: int) -> Tensor:
-    """What block `number` of the case's network reads."""
-    values = random_volume(case, batch)
-    for layers in random_network(case).blocks()[:number]:
-        values = layers.pool(layers.relu(layers.norm(layers.conv(values))))
-    return values.detach()
 
 
 # One block ---------------------------------------------------------------------------------------
@@ -54,57 +44,47 @@ def block_inputs(case: Case, number: int, batch: int) -> Tensor:
 @over_cases
 @pytest.mark.parametrize("batch", [1, 3])
 def test_block_equals_its_four_layers(case: Case, batch: int):
-    """Forwards the outputs; backwards autograd's gradient of them, for a random gradient behind."""
-    for number, layers in enumerate(random_network(case).blocks()):
-        inputs = block_inputs(case, number, batch).requires_grad_()
-        expected = layers.pool(layers.relu(layers.norm(layers.conv(inputs))))
-        behind = torch.randn_like(expected)
-        (slopes,) = torch.autograd.grad(expected, inputs, behind)
+    """Forwards the outputs; backwards autograd's gradient, guided and not, for a random gradient behind."""
+    model, values, _ = example(case, batch)
+    for layers in model.blocks():
+        inputs = values.detach().requires_grad_()
+        values = layers.pool(layers.relu(layers.norm(layers.conv(inputs))))
+        behind = torch.randn_like(values)
+        (plain,) = torch.autograd.grad(values, inputs, behind, retain_graph=True)
+        (guided,) = torch.autograd.grad(values, inputs, behind.clamp(min=0))
         with torch.no_grad():
-            block = Block.fold(layers)
-            found, trace = block.forward(inputs)
-            assert difference(found, expected.detach()) < ORACLE
-            assert difference(block.backward(behind, trace), slopes) < ORACLE
-
-
-@over_cases
-def test_guided_block_drops_negative_gradients(case: Case):
-    layers = random_network(case).blocks()[0]
-    inputs = block_inputs(case, 0, 2).requires_grad_()
-    outputs = layers.pool(layers.relu(layers.norm(layers.conv(inputs))))
-    behind = torch.randn_like(outputs)
-    (slopes,) = torch.autograd.grad(outputs, inputs, behind.clamp(min=0))
-    with torch.no_grad():
-        block = Block.fold(layers)
-        _, trace = block.forward(inputs)
-        assert difference(block.backward(behind, trace, guided=True), slopes) < ORACLE
+            block = FoldedBlock.fold(layers)
+            found, cache = block.forward(inputs)
+            assert difference(found, values.detach()) < ORACLE
+            assert difference(block.backward(behind, cache), plain) < ORACLE
+            assert difference(block.backward(behind, cache, guided=True), guided) < ORACLE
 
 
 def test_fold_by_hand():
     """See `network_by_hand`; with a mean of 4 for f0, which makes it 2 less.
 
-    Factors (1/2, 1, -2); shifts bias + (conv bias - mean) * factor = (0 + (-2 - 4) / 2, 1, 1).
+    Scales (1/2, 1, -2); shifts bias + (conv bias - mean) * scale = (0 + (-2 - 4) / 2, 1, 1).
     """
     model, volume = network_by_hand()
     with torch.no_grad():
         model.blocks()[0].norm.running_mean.copy_(torch.tensor([4.0, 0, 0]))
-        block = Block.fold(model.blocks()[0])
-        outputs, trace = block.forward(volume)
+        block = FoldedBlock.fold(model.blocks()[0])
+        outputs, cache = block.forward(volume)
     torch.testing.assert_close(block.shift, torch.tensor([-3.0, 1, 1]).double(), rtol=1e-13, atol=0)
     torch.testing.assert_close(block.weight[:, 0, 1, 1, 1], torch.tensor([1.5, -1, -2]).double())
     torch.testing.assert_close(outputs.flatten(), torch.tensor([2.0, 5, 3]).double(), rtol=1e-13, atol=0)
-    assert trace.winners.flatten().tolist() == [0, 7, 7]  # 000 and 111 of 2x2x2
-    assert torch.equal(trace.outputs, outputs)
-    assert trace.grid == (2, 2, 2)
+    assert cache.max_indices.flatten().tolist() == [0, 7, 7]  # 000 and 111 of 2x2x2
+    assert torch.equal(cache.outputs, outputs)
+    assert cache.conv_shape == (2, 2, 2)
 
 
-def test_norm_factor_is_what_batchnorm_multiplies_with():
+def test_batchnorm_scale_is_what_batchnorm_multiplies_with():
     norm = random_network(CASES["B"]).blocks()[1].norm
     with torch.no_grad():
         ones, zeros = (torch.full((1, 3, 1, 1, 1), value, dtype=torch.float64) for value in (1, 0))
         expected = (norm(ones) - norm(zeros)).flatten()
         assert (expected < 0).any()
-        torch.testing.assert_close(norm_factor(norm), expected, rtol=1e-13, atol=1e-13)
+        torch.testing.assert_close(batchnorm_scale(norm), expected, rtol=1e-13, atol=1e-13)
 
 
 # Its parts ---------------------------------------------------------------------------------------
@@ -113,7 +93,7 @@ def test_norm_factor_is_what_batchnorm_multiplies_with():
 @pytest.mark.parametrize("kernel", [1, 2, 3, 5, 7])
 @pytest.mark.parametrize("channels", [1, 2])
 @pytest.mark.parametrize("batch", [1, 3])
-def test_pull_is_the_transposed_convolution(kernel: int, channels: int, batch: int):
+def test_it_is_the_transposed_convolution(kernel: int, channels: int, batch: int):
     """Every output's gradient, times each weight, added to the voxel that weight read."""
     torch.manual_seed(0)
     gradient = torch.randn(batch, 3, 4, 6, 5, dtype=torch.float64)
@@ -122,24 +102,24 @@ def test_pull_is_the_transposed_convolution(kernel: int, channels: int, batch: i
     for i, j, k in product(range(kernel), repeat=3):
         part = torch.einsum("bnxyz,nc->bcxyz", gradient, weight[:, :, i, j, k])
         expected[:, :, i : i + 4, j : j + 6, k : k + 5] += part
-    assert difference(pull(gradient, weight), expected) < 1e-13  # at most 3 * 343 terms
+    assert difference(transposed_convolution(gradient, weight), expected) < 1e-13  # at most 3 * 343 terms
 
 
-def test_pull_by_hand():
+def test_transposed_convolution_by_hand():
     """Outputs (2, 3) of the kernel (1, 10) along the first axis touch 2 voxels each, and share one."""
     weight = torch.zeros(1, 1, 2, 2, 2)
     weight[0, 0, :, 0, 0] = torch.tensor([1.0, 10])
-    found = pull(torch.tensor([2.0, 3]).view(1, 1, 2, 1, 1), weight)
+    found = transposed_convolution(torch.tensor([2.0, 3]).view(1, 1, 2, 1, 1), weight)
     assert found[0, 0, :, 0, 0].tolist() == [2, 20 + 3, 30]
     assert found.sum() == 55
 
 
 @pytest.mark.parametrize("window", [1, 2, 3])
-def test_unpool_puts_values_back_on_their_winners(window: int):
+def test_max_unpool_puts_values_back_at_the_maxima(window: int):
     torch.manual_seed(0)
     values = torch.randn(2, 3, 7, 9, 8, dtype=torch.float64)
-    pooled, winners = F.max_pool3d(values, window, return_indices=True)
-    found = unpool(pooled, winners, values.shape[2:])
+    pooled, max_indices = F.max_pool3d(values, window, return_indices=True)
+    found = max_unpool(pooled, max_indices, values.shape[2:])
     x, y, z = (edge - edge % window for edge in (7, 9, 8))
     largest = torch.zeros_like(values)  # the window's maximum at each of its voxels
     largest[:, :, :x, :y, :z] = (
@@ -149,11 +129,11 @@ def test_unpool_puts_values_back_on_their_winners(window: int):
     assert found.count_nonzero() == pooled.numel()
 
 
-def test_through_relu():
+def test_relu_backward():
     gradient = torch.tensor([-2.0, 3, -4, 5])
     outputs = torch.tensor([1.0, 0.1, 0, 0])
-    assert through_relu(gradient, outputs).tolist() == [-2, 3, 0, 0]
-    assert through_relu(gradient, outputs, guided=True).tolist() == [0, 3, 0, 0]
+    assert relu_backward(gradient, outputs).tolist() == [-2, 3, 0, 0]
+    assert relu_backward(gradient, outputs, guided=True).tolist() == [0, 3, 0, 0]
     assert gradient.tolist() == [-2, 3, -4, 5]
 
 
@@ -162,7 +142,7 @@ def test_through_relu():
 def test_channels_last_says_so(channels: int, batch: int):
     """Where PyTorch reads the layout from the strides: the outputs of a convolution are like its inputs."""
     values = torch.rand(batch, channels, 5, 6, 7)
-    found = in_layout(values)
+    found = to_memory_format(values)
     assert torch.equal(found, values)
     outputs = convolve(found, torch.rand(4, channels, 3, 3, 3))
     assert outputs.is_contiguous(memory_format=torch.channels_last_3d)
@@ -171,18 +151,18 @@ def test_channels_last_says_so(channels: int, batch: int):
 @over_cases
 @pytest.mark.parametrize("batch", [1, 3])
 def test_slabs_do_not_matter(monkeypatch, case: Case, batch: int):
-    """One row of windows at a time, two, or all at once: the same outputs, winners and gradients."""
+    """One row of windows at a time, two, or all at once: the same outputs, max_indices and gradients."""
     layers = random_network(case).blocks()[0]
     results = []
     for slab in (1, 2 * 3 * batch * case.blocks[0][1] * case.grid[1] * case.grid[2], 2**40):
         monkeypatch.setattr(folded, "SLAB", slab)
         with torch.no_grad():
-            block = Block.fold(layers)
-            outputs, trace = block.forward(random_volume(case, batch))
+            block = FoldedBlock.fold(layers)
+            outputs, cache = block.forward(random_volume(case, batch))
             torch.manual_seed(0)
-            results.append((outputs, trace.winners, block.backward(torch.randn_like(outputs), trace)))
-    for outputs, winners, gradient in results[1:]:
-        assert torch.equal(winners, results[0][1])
+            results.append((outputs, cache.max_indices, block.backward(torch.randn_like(outputs), cache)))
+    for outputs, max_indices, gradient in results[1:]:
+        assert torch.equal(max_indices, results[0][1])
         assert difference(outputs, results[0][0]) < 1e-13  # sums of 343 products at most
         assert difference(gradient, results[0][2]) < 1e-13
 
@@ -190,26 +170,26 @@ def test_slabs_do_not_matter(monkeypatch, case: Case, batch: int):
 # The box around the head -------------------------------------------------------------------------
 
 
-def test_support_by_hand():
+def test_bounding_box_by_hand():
     volume = torch.zeros(2, 1, 5, 6, 7)
     volume[0, 0, 1, 2, 3], volume[1, 0, 3, 2, 0] = 1, -1
-    assert support(volume) == (slice(1, 4), slice(2, 3), slice(0, 4))
-    assert support(volume[:1]) == (slice(1, 2), slice(2, 3), slice(3, 4))
-    assert support(volume[:1], volume[1:]) == support(volume)
-    assert support(torch.zeros(1, 1, 5, 6, 7)) == whole(torch.Size((5, 6, 7)))
+    assert bounding_box(volume) == (slice(1, 4), slice(2, 3), slice(0, 4))
+    assert bounding_box(volume[:1]) == (slice(1, 2), slice(2, 3), slice(3, 4))
+    assert bounding_box(volume[:1], volume[1:]) == bounding_box(volume)
+    assert bounding_box(torch.zeros(1, 1, 5, 6, 7)) == full_box(torch.Size((5, 6, 7)))
 
 
 @pytest.mark.parametrize(("kernel", "window"), [(3, 2), (5, 2), (7, 2), (5, 3), (7, 3), (1, 1)])
-def test_part_is_what_sees_the_box(kernel: int, window: int):
+def test_propagate_box_is_what_sees_the_box(kernel: int, window: int):
     """One voxel at a time, along one axis: the outputs that read it, and all that those read."""
-    block = Block(torch.ones(1, 1, kernel, kernel, kernel), torch.zeros(1), window)
+    block = FoldedBlock(torch.ones(1, 1, kernel, kernel, kernel), torch.zeros(1), window)
     for edge in range(kernel + 2 * window - 1, kernel + 5 * window):
         count = (edge - kernel + 1) // window
         reads = [range(q * window, (q + 1) * window + kernel - 1) for q in range(count)]
         for voxel in range(reads[-1].stop):  # those behind are read by nobody
             seeing = [q for q in range(count) if voxel in reads[q]]
             box = (slice(voxel, voxel + 1),) * 3
-            found_reads, found_makes = (axes[0] for axes in block.part(box, torch.Size([edge] * 3)))
+            found_reads, found_makes = (axes[0] for axes in block.propagate_box(box, torch.Size([edge] * 3)))
             assert (found_makes.start, found_makes.stop) == (seeing[0], seeing[-1] + 1)
             assert found_reads.start == reads[seeing[0]].start
             # the last window's box takes what is left of the axis, too little for another window
@@ -219,15 +199,15 @@ def test_part_is_what_sees_the_box(kernel: int, window: int):
 
 @over_cases
 @pytest.mark.parametrize("batch", [1, 3])
-def test_margins_give_the_whole_features(case: Case, batch: int):
+def test_padding_gives_the_whole_features(case: Case, batch: int):
     """Block after block, on the box alone, padded: what the model computes on the whole grid."""
     model, volume = random_network(case), head_in_zeros(case, batch)
     with torch.no_grad():
-        network = Network(model, volume.shape[2:], support(volume))
-        values = volume[:, :, *network.head]
+        network = FoldedNetwork(model, volume.shape[2:], bounding_box(volume))
+        values = volume[:, :, *network.input_box]
         assert values.numel() < volume.numel() or len(network.blocks) == 1
-        for block, margin in zip(network.blocks, network.margins, strict=True):
-            values = margin.pad(block.forward(values)[0])
+        for block, padding in zip(network.blocks, network.paddings, strict=True):
+            values = padding.pad(block.forward(values)[0])
         assert difference(values, model.features(volume)) < ORACLE
 
 
@@ -235,56 +215,15 @@ def test_margins_give_the_whole_features(case: Case, batch: int):
 
 
 @over_cases
-@pytest.mark.parametrize("batch", [1, 3])
-def test_network_gives_the_models_logits(case: Case, batch: int):
-    model, volume = random_network(case), random_volume(case, batch)
-    with torch.no_grad():
-        network = Network(model, volume.shape[2:])
-        features = volume
-        for block in network.blocks:
-            features, _ = block.forward(features)
-        logits, hidden = network.classify(features)
-        assert difference(logits, model(volume)) < ORACLE
-        assert difference(hidden, model.classifier[:2](model.features(volume).flatten(1))) < ORACLE
-
-
-@over_cases
 @pytest.mark.parametrize("volumes", [random_volume, head_in_zeros])
 def test_gradient_equals_autograd(case: Case, volumes: Callable[..., Tensor]):
-    """Each scan's own target, at the first block's output, inside the margin."""
+    """Each scan's own target, at the first block's output, inside the padding."""
     model, target, volume = random_network(case), mixed_targets(3), volumes(case, 3)
     features = model.features[:4](volume).detach().requires_grad_()
     logits = model.classifier(model.features[4:](features).flatten(1))
     (expected,) = torch.autograd.grad(logits.gather(1, target[:, None]).sum(), features)
     with torch.no_grad():
-        network = Network(model, volume.shape[2:], support(volume))
-        part, _ = network.blocks[0].forward(volume[:, :, *network.head])
-        _, box = network.blocks[0].part(support(volume), volume.shape[2:])
+        network = FoldedNetwork(model, volume.shape[2:], bounding_box(volume))
+        part, _ = network.blocks[0].forward(volume[:, :, *network.input_box])
+        _, box = network.blocks[0].propagate_box(bounding_box(volume), volume.shape[2:])
         assert difference(network.gradient(part, target), expected[..., *box].contiguous()) < ORACLE
-
-
-def test_reading_a_model_does_not_change_it():
-    case = CASES["B"]
-    model = random_network(case)
-    before = {key: value.clone() for key, value in model.state_dict().items()}
-    with torch.no_grad():
-        network = Network(model, torch.Size(case.grid))
-        network.gradient(network.blocks[0].forward(random_volume(case))[0], torch.tensor([1]))
-    assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
-
-
-# Arguments ---------------------------------------------------------------------------------------
-
-
-def test_good_arguments():
-    good = arguments()
-    check_arguments(**good)
-    volume = torch.rand(3, 1, 8, 8, 8, dtype=torch.float64)
-    check_arguments(good["model"], volume, torch.tensor([0, 1, 1]))
-
-
-@over_bad_arguments
-def test_bad_arguments(changes: dict[str, object]):
-    with pytest.raises(ValueError, match="expected") as caught:
-        check_arguments(**arguments(**changes))
-    assert str(caught.value).startswith(next(iter(changes)) if "model" not in changes else "expected a CNN3d")

@@ -20,13 +20,14 @@ from cohorts import AFFINE, tiny_cohort, voxels, write_scan
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+import brain_maps
 import dataset
 import heatmap
 import models
-import overlap
 import runs
-from internals import nifti, process, storage
+from internals import checkpoints, nifti, process, storage
 from internals.errors import InputError
+from internals.results import ResultFolder
 
 ROOM = 2**30  # bytes beyond what the process has already: more is a MemoryError, which no test allows
 # The deadline is generous, as others may use the processor; a hang or a quadratic step shows all the same.
@@ -74,9 +75,9 @@ def patch(raw: bytes, changes: list[tuple[int, bytes]]) -> bytes:
 # CSVs --------------------------------------------------------------------------------------------
 
 FRAGMENTS = [
-    "path", "label", "subject", "a.nii", "0", "1", "~", "~x/a", "..", "/", "é", '"', ",", ",", ",", "\n",
-    "\n", "\n", "\r", " ", "\0", "\t", "\u2028", "\ufeff", "a" * 300, "$(x)", "{0}", "%s", "\x1b[31m", "NA",
-    "1e5", "'", "0,1\n",
+    *["path", "label", "subject", "a.nii", "0", "1", "~", "~x/a", "..", "/", "é", '"', ",", ",", ",", "\n"],
+    *["\n", "\n", "\r", " ", "\0", "\t", "\u2028", "\ufeff", "a" * 300, "$(x)", "{0}", "%s", "\x1b[31m"],
+    *["NA", "1e5", "'", "0,1\n"],
 ]  # fmt: skip
 TEXTS = st.lists(st.sampled_from(FRAGMENTS), max_size=30).map(lambda parts: "".join(parts).encode())
 CSVS = st.one_of(TEXTS, st.binary(max_size=200), st.tuples(TEXTS, st.binary(max_size=3), TEXTS).map(b"".join))
@@ -96,10 +97,6 @@ def test_csv(folder, content: bytes):
 
 
 # Images ------------------------------------------------------------------------------------------
-
-
-def image_bytes(folder: Path, kind: type[nib.Nifti1Image]) -> bytes:
-    return write_scan(folder / "scan.nii", voxels(0, shape=(4, 5, 6)), AFFINE, kind).read_bytes()
 
 
 def numbers(form: str) -> st.SearchStrategy[float]:
@@ -129,7 +126,7 @@ def field_changes(draw, kind: type[nib.Nifti1Image]) -> list[tuple[int, bytes]]:
 @fuzz
 @given(st.data(), st.sampled_from(list(FIELDS)), st.booleans(), st.integers(-50, 50))
 def test_image(folder, data, kind, packed: bool, longer: int):
-    raw = image_bytes(folder, kind)
+    raw = write_scan(folder / "scan.nii", voxels(0, shape=(4, 5, 6)), AFFINE, kind).read_bytes()
     raw = patch(raw, data.draw(field_changes(kind)) + data.draw(patches(len(raw))))
     raw = raw[:longer] if longer < 0 else raw + bytes(longer)
     if packed:
@@ -176,69 +173,79 @@ def replaced(record: dict[str, Any], data: st.DataObject) -> dict[str, Any]:
     return record
 
 
+FOLDING = {"fold": 2, "split": "stratified", "val_fraction": 0.5, "seed": 0}
+
+
 @pytest.fixture(scope="module")
-def run(folder) -> Path:
-    """The folder of a run; its record and folds are kept beside, to be spoilt again and again."""
-    csv = tiny_cohort(folder / "cohort", 8)
-    table = dataset.read_csv(csv)
-    arguments = {"fold": 2, "split": "stratified", "val_fraction": 0.5, "seed": 0, "lr": 1e-4}
-    record = {"csv": str(csv), "csv_sha256": storage.sha256(csv), "model": "modelB2", "arguments": arguments}
-    storage.write_json(record | {"grid": dataset.check_grid(table).record()}, folder / "whole.json")
-    storage.write_csv(dataset.make_folds(table, 2, "stratified", 0.5, 0), folder / "whole.csv")
+def record(folder) -> dict[str, Any]:
+    """The record of a run of eight scans; its folds lie beside."""
+    cohort = dataset.new_cohort(tiny_cohort(folder / "cohort", 8), 2, "stratified", 0.5, 0)
     (folder / "run").mkdir()
-    return folder / "run"
+    storage.write_csv(cohort.folds, folder / "folds.csv")
+    return cohort.identity | {"csv": str(cohort.csv), "model": "modelB2", "arguments": FOLDING | {"lr": 1e-4}}
 
 
-def find(run: Path) -> None:
-    attempt(runs.recorded_arguments, run)
-    found = attempt(runs.find_run, run, None, None, None)
-    if found is not None:
-        assert len(found.folds) == found.k * len(found.table)
+@pytest.fixture(scope="module")
+def find(folder, record) -> Callable[..., Any]:
+    """Look for a run of a record and folds, which are as they were written unless they are given."""
+
+    def find(content: bytes = json.dumps(record).encode(), folds: bytes | None = None) -> Any:
+        (folder / "run" / "run.json").write_bytes(content)
+        whole = (folder / "folds.csv").read_bytes()
+        (folder / "run" / "folds.csv").write_bytes(whole if folds is None else folds)
+        found = attempt(runs.find_run, folder / "run", None, None, None)
+        if found is not None:
+            assert len(found.cohort.folds) == found.cohort.k * len(found.cohort.table)
+        return found
+
+    assert find() is not None
+    return find
 
 
 @fuzz
 @given(st.data())
-def test_run_record(run, data):
-    record = json.loads((run.parent / "whole.json").read_text())
-    (run / "run.json").write_text(json.dumps(replaced(record, data)))
-    (run / "folds.csv").write_bytes((run.parent / "whole.csv").read_bytes())
-    find(run)
+def test_run_record(find, record, data):
+    find(json.dumps(replaced(record, data)).encode())
 
 
 @fuzz
 @given(st.data())
-def test_folds(run, data):
-    lines = (run.parent / "whole.csv").read_bytes().splitlines(keepends=True)
+def test_folds(find, folder, data):
+    lines = (folder / "folds.csv").read_bytes().splitlines(keepends=True)
     every = list(range(len(lines)))
-    order = data.draw(st.just(every) | st.lists(st.sampled_from(every), max_size=20))
+    order = data.draw(st.just(every) | st.lists(st.sampled_from(every), min_size=1, max_size=20))
     content = b"".join(lines[i] for i in order)
-    if content:
-        content = patch(content, data.draw(patches(len(content))))
-    (run / "folds.csv").write_bytes(content)
-    (run / "run.json").write_bytes((run.parent / "whole.json").read_bytes())
-    find(run)
+    find(folds=patch(content, data.draw(patches(len(content)))))
 
 
 @fuzz
 @given(st.binary(max_size=100) | st.sampled_from([b"[" * 10**5, b'{"a":' * 10**5, b"1" * 10**5, b"{}"]))
-def test_record_bytes(run, content: bytes):
-    (run / "run.json").write_bytes(content)
-    with pytest.raises(InputError):
-        runs.find_run(run, None, None, None)
+def test_record_bytes(find, content: bytes):
+    assert find(content) is None
+
+
+IDENTITY, WEIGHTS = {"csv_sha256": "ab", "options": {"steps": 1}}, {"weights_sha256": "cd"}
+COUNTS = {"scans_per_fold": {"0": 1}, "zero_maps_per_fold": {"0": 0}}
+MAP = IDENTITY | COUNTS | {"folds": 1, "finished": [0, "summary"], "weights_sha256": {"0": "cd"}}
+ROWS = ",".join(heatmap.SUBJECT_COLUMNS).encode() + b"\n0,a.nii,1,007,1,1,0.5,2.5,,0\n"
+
+
+def check_maps(method: Path, record: dict[str, Any], rows: bytes) -> Any:
+    """Whether heatmap.py goes on with maps of this record and these rows of subjects.csv."""
+    method.mkdir(parents=True, exist_ok=True)
+    (method / "map_f0.nii.gz").touch()
+    (method / "map.json").write_text(json.dumps(record))
+    (method / "subjects.csv").write_bytes(rows)
+    attempt(brain_maps.find_maps, method.parent)
+    results = ResultFolder(method, heatmap.FILES, range(1), IDENTITY, {0: WEIGHTS})
+    return attempt(results.check, lambda fold: heatmap.check_subjects(method, fold))
 
 
 @fuzz
 @given(st.data())
 def test_map_record_and_subjects(folder, data):
-    method = folder / "maps" / "IG"
-    method.mkdir(parents=True, exist_ok=True)
-    (method / "map_f0.nii.gz").touch()
-    record = {"csv_sha256": "ab", "folds": 1, "weights_sha256": {"0": "cd"}, "options": {"steps": 1}}
-    (method / "map.json").write_text(json.dumps(replaced(record, data)))
-    rows = ",".join(heatmap.SUBJECT_COLUMNS).encode() + b"\n0,a.nii,1,007,1,1,0.5,2.5,\n"
-    (method / "subjects.csv").write_bytes(patch(rows, data.draw(patches(len(rows)))))
-    attempt(heatmap.finished_folds, method, {0: "cd"})
-    attempt(overlap.find_maps, method.parent)
+    assert check_maps(folder / "maps" / "IG", MAP, ROWS)
+    check_maps(folder / "maps" / "IG", replaced(MAP, data), patch(ROWS, data.draw(patches(len(ROWS)))))
 
 
 # Checkpoints -------------------------------------------------------------------------------------
@@ -257,5 +264,5 @@ def test_checkpoint(folder, data, zipped: bool):
     raw = raw[: data.draw(st.just(len(raw)) | st.integers(0, len(raw)))]
     file = folder / "spoilt.pth"
     file.write_bytes(raw)
-    if attempt(models.load_weights, model, file, torch.device("cpu")):
+    if attempt(checkpoints.load_weights, model, file, torch.device("cpu")):
         assert all(torch.isfinite(values).all() for values in model.state_dict().values())

@@ -28,12 +28,8 @@ def group(folder: Path, version: int, limit: int | str, used: int, cached: int =
     folder.mkdir(parents=True, exist_ok=True)
     word = "inactive_file" if version == 2 else "total_inactive_file"
     contents = [str(limit), str(used), f"anon 1\n{word} {cached}\n"]
-    for name, text in zip([*memory.VERSIONS[version][:2], "memory.stat"], contents, strict=True):
+    for name, text in zip([*memory.CGROUP_FILES[version][:2], "memory.stat"], contents, strict=True):
         (folder / name).write_text(f"{text}\n")
-
-
-def near(found: int, expected: float) -> bool:
-    return abs(found - expected) < 1024  # /proc counts in KiB
 
 
 def test_it_is_of_this_machine():
@@ -41,7 +37,7 @@ def test_it_is_of_this_machine():
 
 
 def test_what_the_machine_has_free(tmp_path):
-    assert near(memory.available(machine(tmp_path), {}), 100 * GB)
+    assert memory.available(machine(tmp_path), {}) == pytest.approx(100 * GB, abs=1024)  # /proc counts in KiB
 
 
 @pytest.mark.parametrize("limited", ["job", "user", "top"])
@@ -101,4 +97,4 @@ def test_a_group_that_is_full_leaves_nothing(tmp_path):
 )
 def test_what_slurm_granted_less_what_is_held(tmp_path, environment, gigabytes):
     found = memory.available(machine(tmp_path, held=GB), environment)
-    assert near(found, (gigabytes - 1) * GB)
+    assert found == pytest.approx((gigabytes - 1) * GB, abs=1024)

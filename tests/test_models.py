@@ -1,21 +1,16 @@
-"""models.py: the published networks to the letter, checkpoints that fit and that do not, `frozen`."""
+"""models.py: the published networks to the letter, `evaluation_mode`, arguments."""
 
-import os
-import pickle
-from pathlib import Path
+import contextlib
 
 import pytest
 import torch
-from networks import CASES, random_network
+from networks import CASES, arguments, example, over_bad_arguments, random_network
 from torch import nn
 
 import models
-from internals.errors import InputError
-from models import build_model, frozen, load_weights
+from models import build_model, check_arguments, evaluation_mode
 
-CPU = torch.device("cpu")
-
-# design.md, section 5: kernels, pools, Linear in-features per filter at 193x229x193, smallest edge
+# of Wang et al. 2023: kernels, pools, Linear in-features per filter at 193x229x193, smallest edge
 PUBLISHED = {
     "A": ((7, 5, 5, 3, 3), (2, 2, 2, 2, 2), 36, 110),
     "B": ((3, 3, 3, 3, 3), (2, 2, 2, 2, 2), 80, 94),
@@ -55,10 +50,8 @@ def test_layer_names_and_shapes(family: str, width: int):
         expected[f"features.{4 * block + 1}.num_batches_tracked"] = ()
     expected |= {"classifier.0.weight": (64, width * per_filter), "classifier.0.bias": (64,)}
     expected |= {"classifier.3.weight": (2, 64), "classifier.3.bias": (2,)}
-    found = {
-        key: tuple(value.shape) for key, value in meta_model(f"model{family}{width}").state_dict().items()
-    }
-    assert list(found.items()) == list(expected.items())
+    state = meta_model(f"model{family}{width}").state_dict()
+    assert [(key, tuple(value.shape)) for key, value in state.items()] == list(expected.items())
 
 
 @over_families
@@ -112,28 +105,14 @@ def test_forward_fits_any_grid(family: str, grid: tuple[int, int, int]):
 
 
 def test_forward_is_features_then_classifier():
-    case = CASES["B"]
-    model = random_network(case)
-    volume = torch.rand(3, 1, *case.grid, dtype=torch.float64)
-    features = model.features(volume)
-    assert torch.equal(model(volume), model.classifier(features.reshape(3, -1)))
+    model, volume, _ = example(CASES["B"], 3)
+    assert torch.equal(model(volume), model.classifier(model.features(volume).reshape(3, -1)))
 
 
-@pytest.mark.parametrize(
-    "name",
-    [
-        "modelE24",
-        "modelA0",
-        "A24",
-        "modelA",
-        "modela24",
-        "modelA024",
-        "modelA-4",
-        "modelA24 ",
-        "modelA24\n",
-        "",
-    ],
-)
+UNKNOWN = ["", "A24", *(f"model{end}" for end in ("E24", "A0", "A", "a24", "A024", "A-4", "A24 ", "A24\n"))]
+
+
+@pytest.mark.parametrize("name", UNKNOWN)
 def test_unknown_names(name: str):
     with pytest.raises(ValueError, match="unknown model") as caught:
         build_model(name)
@@ -147,254 +126,40 @@ def test_grids_that_are_not_three_axes(grid: tuple[int, ...]):
         build_model("modelA24", grid)
 
 
-# Checkpoints -------------------------------------------------------------------------------------
-
-GRID = (94, 95, 96)
-
-
-@pytest.fixture(scope="module")
-def trained() -> models.CNN3d:
-    """A network whose state has no default left."""
-    torch.manual_seed(0)
-    model = build_model("modelB2", GRID)
-    for layers in model.blocks():
-        layers.norm.running_mean.normal_()
-        layers.norm.running_var.uniform_(0.2, 2)
-        layers.norm.num_batches_tracked.fill_(17)
-    return model
-
-
-def refusal(path: Path, name: str = "modelB2", grid: tuple[int, int, int] = GRID) -> str:
-    """The message of the InputError that loading `path` raises; the model must stay as it was."""
-    model = build_model(name, grid)
-    before = {key: value.clone() for key, value in model.state_dict().items()}
-    with pytest.raises(InputError) as caught:
-        load_weights(model, path, CPU)
-    after = model.state_dict()
-    assert all(torch.equal(value, after[key]) for key, value in before.items())
-    assert str(path) in str(caught.value)
-    return str(caught.value)
-
-
-@pytest.mark.parametrize("zipped", [True, False], ids=["zip", "torch before 1.6"])
-def test_published_checkpoint_loads(trained, tmp_path, zipped: bool):
-    """What the published code wrote: torch.save(model.state_dict(), "state_dict_f0.pth")."""
-    path = tmp_path / "state_dict_f0.pth"
-    torch.save(trained.state_dict(), path, _use_new_zipfile_serialization=zipped)
-    model = build_model("modelB2", GRID)
-    loaded = load_weights(model, path, CPU)
-    assert loaded is model
-    assert not any(module.training for module in loaded.modules())
-    found = loaded.state_dict()
-    assert all(torch.equal(value, found[key]) for key, value in trained.state_dict().items())
-    volume = torch.rand(1, 1, *GRID)
-    with torch.no_grad(), frozen(trained):
-        assert torch.equal(loaded(volume), trained(volume))
-
-
-def test_missing_file(tmp_path):
-    assert "no such checkpoint" in refusal(tmp_path / "state_dict_f0.pth")
-
-
-@pytest.mark.parametrize("zipped", [True, False], ids=["zip", "torch before 1.6"])
-@pytest.mark.parametrize("share", [0, 0.1, 0.5, 0.99])
-def test_truncated_file(trained, tmp_path, share: float, zipped: bool):
-    path = tmp_path / "state_dict_f0.pth"
-    torch.save(trained.state_dict(), path, _use_new_zipfile_serialization=zipped)
-    content = path.read_bytes()
-    path.write_bytes(content[: int(share * len(content))])
-    assert "not a PyTorch state dict" in refusal(path)
-
-
-@pytest.mark.parametrize("content", [b"path,label\nscan.nii,0\n", b"\x1f\x8b\x08\x00rest", bytes(1000)])
-def test_other_files(tmp_path, content: bytes):
-    path = tmp_path / "state_dict_f0.pth"
-    path.write_bytes(content)
-    assert "not a PyTorch state dict" in refusal(path)
-
-
-def test_folder(tmp_path):
-    assert "is a folder, expected a checkpoint" in refusal(tmp_path)
-
-
-def test_other_width(trained, tmp_path):
-    path = tmp_path / "state_dict_f0.pth"
-    torch.save(trained.state_dict(), path)
-    message = refusal(path, name="modelB3")
-    assert "features.0.weight is (2, 1, 3, 3, 3)" in message
-    assert "(3, 1, 3, 3, 3)" in message
-
-
-def test_other_grid(trained, tmp_path):
-    path = tmp_path / "state_dict_f0.pth"
-    torch.save(trained.state_dict(), path)
-    # two voxels after the last pool along the last axis: 2 * 32 + 62 = 126
-    message = refusal(path, grid=(94, 95, 126))
-    assert "classifier.0.weight is (64, 2)" in message
-    assert "(64, 4)" in message
-
-
-@pytest.mark.parametrize(("name", "grid"), [("modelC2", (112, 112, 112)), ("modelA2", (110, 110, 110))])
-def test_other_family(trained, tmp_path, name: str, grid: tuple[int, int, int]):
-    """A differs from B in kernels alone, C in the number of blocks."""
-    path = tmp_path / "state_dict_f0.pth"
-    torch.save(trained.state_dict(), path)
-    refusal(path, name=name, grid=grid)
-
-
-def test_key_added_or_lost(trained, tmp_path):
-    path = tmp_path / "state_dict_f0.pth"
-    state = trained.state_dict()
-    torch.save(state | {"classifier.4.bias": torch.zeros(2)}, path)
-    assert "other layers" in refusal(path)
-    del state["classifier.3.bias"]
-    torch.save(state, path)
-    assert "other layers" in refusal(path)
-
-
-def test_parallel_prefix(trained, tmp_path):
-    """Weights of a DataParallel model have other names; they are refused, not dropped."""
-    path = tmp_path / "state_dict_f0.pth"
-    torch.save({f"module.{key}": value for key, value in trained.state_dict().items()}, path)
-    assert "other layers" in refusal(path)
-
-
-def test_not_a_state_dict(trained, tmp_path):
-    path = tmp_path / "state_dict_f0.pth"
-    for content in (torch.zeros(3), [1, 2], {"state_dict": trained.state_dict()}, {}):
-        torch.save(content, path)
-        assert "not the weights of this model" in refusal(path)
-
-
-def test_value_that_is_no_tensor(trained, tmp_path):
-    path = tmp_path / "state_dict_f0.pth"
-    torch.save(trained.state_dict() | {"classifier.3.bias": [0.0, 0.0]}, path)
-    assert "classifier.3.bias is list" in refusal(path)
-
-
-@pytest.mark.parametrize("key", ["features.4.weight", "features.1.running_var", "classifier.3.bias"])
-@pytest.mark.parametrize("value", [float("nan"), float("inf")])
-def test_weights_that_are_not_finite(trained, tmp_path, key: str, value: float):
-    path = tmp_path / "state_dict_f0.pth"
-    state = {name: values.clone() for name, values in trained.state_dict().items()}
-    state[key].view(-1)[-1] = value
-    torch.save(state, path)
-    assert f"{key} has values that are not finite" in refusal(path)
-
-
-def other_kinds(wanted: torch.Tensor) -> dict[str, torch.Tensor]:
-    """Tensors of the right shape that are no weights."""
-    zeros = torch.zeros_like(wanted)
-    return {
-        "sparse": zeros.to_sparse(),
-        "complex": zeros.to(torch.complex64),
-        "whole": zeros.long(),
-        "quantised": torch.quantize_per_tensor(zeros, 0.1, 0, torch.qint8),
-        "without values": zeros.to("meta"),
-    }
-
-
-@pytest.mark.parametrize("kind", ["sparse", "complex", "whole", "quantised", "without values"])
-def test_tensors_of_another_kind(trained, tmp_path, kind):
-    path = tmp_path / "state_dict_f0.pth"
-    state = trained.state_dict()
-    torch.save(state | {"classifier.3.weight": other_kinds(state["classifier.3.weight"])[kind]}, path)
-    message = refusal(path)
-    assert "classifier.3.weight is a tensor of" in message or "it asks for torch" in message
-
-
-@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
-def test_weights_of_another_precision_are_taken(trained, tmp_path, dtype):
-    path = tmp_path / "state_dict_f0.pth"
-    state = {key: values.to(dtype) if values.is_floating_point() else values for key, values in
-             trained.state_dict().items()}  # fmt: skip
-    torch.save(state, path)
-    found = load_weights(build_model("modelB2", GRID), path, CPU).state_dict()
-    assert all(torch.equal(found[key], values.to(found[key].dtype)) for key, values in state.items())
-
-
-def test_negative_variances(trained, tmp_path):
-    path = tmp_path / "state_dict_f0.pth"
-    torch.save(trained.state_dict() | {"features.1.running_var": torch.tensor([1.0, -1.0])}, path)
-    assert "features.1.running_var has negative" in refusal(path)
-
-
-@pytest.mark.parametrize("zipped", [True, False])
-def test_checkpoints_larger_than_the_model(trained, tmp_path, zipped):
-    path = tmp_path / "state_dict_f0.pth"
-    torch.save(
-        trained.state_dict() | {"more": torch.zeros(10**6)}, path, _use_new_zipfile_serialization=zipped
-    )
-    assert "larger than" in refusal(path)
-
-
-def test_pipe(tmp_path):
-    os.mkfifo(tmp_path / "state_dict_f0.pth")
-    assert "is a pipe" in refusal(tmp_path / "state_dict_f0.pth")
-
-
-class Payload:
-    """Unpickling makes a folder: stands for code that a checkpoint from elsewhere may hold."""
-
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
-
-    def __reduce__(self):
-        return Path.mkdir, (self.folder,)
-
-
-@pytest.mark.parametrize("guards", ["both", "weights_only alone"])
-@pytest.mark.parametrize("writer", ["torch", "pickle"])
-def test_code_in_a_checkpoint_does_not_run(trained, tmp_path, monkeypatch, writer: str, guards: str):
-    if guards != "both":
-        monkeypatch.setattr(models, "_check_pickle", lambda stream: None)
-    path, made = tmp_path / "state_dict_f0.pth", tmp_path / "made"
-    content = {**trained.state_dict(), "classifier.3.bias": Payload(made)}
-    if writer == "torch":
-        torch.save(content, path)
-    else:
-        path.write_bytes(pickle.dumps(content, protocol=2))
-    assert "not a PyTorch state dict" in refusal(path)
-    assert not made.exists()
-    if writer == "pickle":  # the payload is live: it runs where it is let
-        pickle.loads(path.read_bytes())
-        assert made.is_dir()
-
-
-def test_whole_models_are_refused(trained, tmp_path):
-    """torch.save(model) pickles classes, not a state dict."""
-    path = tmp_path / "state_dict_f0.pth"
-    torch.save(trained, path)
-    assert "not a PyTorch state dict" in refusal(path)
-
-
-# frozen ------------------------------------------------------------------------------------------
-
-
-def mixed_state() -> models.CNN3d:
-    """A network whose modules differ in mode, its parameters in requires_grad."""
-    model = random_network(CASES["one block"]).train()
-    model.features[1].eval()
-    model.classifier[0].bias.requires_grad_(False)
-    return model
+# Evaluation mode ---------------------------------------------------------------------------------
 
 
 def flags(model: nn.Module) -> tuple[list[bool], list[bool]]:
     return [m.training for m in model.modules()], [p.requires_grad for p in model.parameters()]
 
 
-def test_frozen_evaluates_and_restores():
-    model = mixed_state()
+@pytest.mark.parametrize("error", [None, KeyError])
+def test_evaluation_mode_restores(error):
+    """A network whose modules differ in mode, its parameters in requires_grad; also after an error."""
+    model = random_network(CASES["one block"]).train()
+    model.features[1].eval()
+    model.classifier[0].bias.requires_grad_(False)
     before = flags(model)
     assert {True, False} == set(before[0]) == set(before[1])
-    with frozen(model):
+    with pytest.raises(error) if error else contextlib.nullcontext(), evaluation_mode(model):
         assert flags(model) == ([False] * len(before[0]), [False] * len(before[1]))
+        if error:
+            raise error
     assert flags(model) == before
 
 
-def test_frozen_restores_after_an_error():
-    model = mixed_state()
-    before = flags(model)
-    with pytest.raises(KeyError), frozen(model):
-        raise KeyError
-    assert flags(model) == before
+# Arguments ---------------------------------------------------------------------------------------
+
+
+def test_good_arguments():
+    good = arguments()
+    check_arguments(**good)
+    volume = torch.rand(3, 1, 8, 8, 8, dtype=torch.float64)
+    check_arguments(good["model"], volume, torch.tensor([0, 1, 1]))
+
+
+@over_bad_arguments
+def test_bad_arguments(changes: dict[str, object]):
+    with pytest.raises(ValueError, match="expected") as caught:
+        check_arguments(**arguments(**changes))
+    assert str(caught.value).startswith(next(iter(changes)) if "model" not in changes else "expected a CNN3d")

@@ -1,42 +1,43 @@
-"""simulate.py: the grid, the people, the planted loss, reproducible files, and the error paths."""
+"""simulate.py: the grid, the people, the planted loss, reproducible files, the folder, and mistakes."""
 
 import json
+import shutil
 from pathlib import Path
 
-import nibabel as nib
 import numpy as np
 import pandas as pd
 import pytest
+from cohorts import contents, only_error, read_nifti, read_values
 from scipy import ndimage
 
 import simulate
-from simulate import main
+from internals import storage
 
 SMALL = ["--subjects", "6", "--voxel", "4", "--seed", "1"]
+
+
+def make(folder: Path, *options: str) -> int:
+    """Six scans at 4 mm, as far as the options do not say otherwise."""
+    return simulate.main(["--outpath", str(folder), *SMALL, *options])
 
 
 @pytest.fixture(scope="module")
 def cohort(tmp_path_factory) -> Path:
     """Six planted scans at 4 mm; read only."""
     folder = tmp_path_factory.mktemp("planted")
-    assert main(["--outpath", str(folder), *SMALL]) == 0
+    assert make(folder) == 0
     return folder
 
 
 @pytest.fixture(scope="module")
-def null_cohort(tmp_path_factory) -> Path:
-    """The same six people with nothing planted; read only."""
-    folder = tmp_path_factory.mktemp("null")
-    assert main(["--outpath", str(folder), *SMALL, "--null"]) == 0
-    return folder
+def scans(cohort) -> dict[str, np.ndarray]:
+    return {path: read_values(cohort / path) for path in pd.read_csv(cohort / "data.csv").path}
 
 
-def volume(path: Path) -> np.ndarray:
-    return np.asarray(nib.load(path).dataobj).astype(float)
-
-
-def files(folder: Path) -> dict[str, bytes]:
-    return {str(p.relative_to(folder)): p.read_bytes() for p in sorted(folder.rglob("*")) if p.is_file()}
+@pytest.fixture(scope="module")
+def masks(cohort) -> tuple[np.ndarray, np.ndarray]:
+    """Truth and brain mask."""
+    return read_values(cohort / "truth.nii.gz") == 1, read_values(cohort / "mask.nii.gz") == 1
 
 
 # The grid ----------------------------------------------------------------------------------------
@@ -54,7 +55,7 @@ def test_grid(voxel, shape):
 
 def test_files_are_in_mni_space(cohort):
     for name in ("scans/sub-001_T1w.nii.gz", "truth.nii.gz", "mask.nii.gz"):
-        nifti = nib.load(cohort / name)
+        nifti = read_nifti(cohort / name)
         assert nifti.shape == (49, 58, 49)
         assert np.array_equal(nifti.affine, simulate.grid_affine(4))
         assert (int(nifti.header["sform_code"]), int(nifti.header["qform_code"])) == (4, 4)
@@ -123,27 +124,28 @@ def test_table_and_record(cohort):
     assert list(table.columns) == ["path", "label", "subject"]
     assert table.path.tolist() == [f"scans/sub-00{i}_T1w.nii.gz" for i in range(1, 7)]
     assert table.label.sum() == 3
-    assert all((cohort / path).is_file() for path in table.path)
     assert record["planted"] is True
+    assert (record["severity"], record["voxel_mm"], record["seed"]) == (1, 4, 1)
+    assert (record["number_of_subjects"], record["finished"]) == (6, ["cohort"])
+    drawn = [simulate.draw_subject(1, index, 1.0) for index in range(6)]
+    assert record["subjects"] == json.loads(json.dumps([vars(person) for person in drawn]))
     assert [person["label"] for person in record["subjects"]] == table.label.tolist()
 
 
-def test_scans_are_brains(cohort):
-    mask = volume(cohort / "mask.nii.gz") == 1
+def test_scans_are_brains_and_patients_darker_in_the_truth(cohort, scans, masks):
+    truth, mask = masks
     assert 1.7e6 < mask.sum() * 4**3 < 2.1e6  # mm^3
-    for path in pd.read_csv(cohort / "data.csv").path:
-        scan = volume(cohort / path)
+    assert not (truth & ~mask).any()
+    assert 0.005 < truth.sum() / mask.sum() < 0.02
+    assert np.array_equal(truth, truth[::-1])  # both sides
+    for scan in scans.values():
         brain = scan > 0
         assert scan.min() == 0
         assert 2 * (brain & mask).sum() / (brain.sum() + mask.sum()) > 0.93  # other people, same space
         assert scan.max() < 1.3 * np.percentile(scan[brain], 99)  # no voxel sets the range alone
-
-
-def test_truth_is_a_small_part_of_the_brain(cohort):
-    truth, mask = (volume(cohort / f"{name}.nii.gz") == 1 for name in ("truth", "mask"))
-    assert not (truth & ~mask).any()
-    assert 0.005 < truth.sum() / mask.sum() < 0.02
-    assert np.array_equal(truth[:, :, :], truth[::-1])  # both sides
+    relative = pd.Series([scan[truth].mean() / scan[mask].mean() for scan in scans.values()])
+    means = relative.groupby(pd.read_csv(cohort / "data.csv").label).mean()
+    assert means[1] < means[0] - 0.05
 
 
 def test_same_anatomy_at_every_voxel_size():
@@ -174,17 +176,15 @@ def test_smooth_field_has_unit_variance():
     assert steps.std() < 0.5 * fields.std()  # a voxel is a quarter of the lattice spacing
 
 
-def test_null_cohort_differs_only_where_loss_was_planted(cohort, null_cohort):
-    table = pd.read_csv(cohort / "data.csv")
-    assert (null_cohort / "data.csv").read_bytes() == (cohort / "data.csv").read_bytes()
-    assert (null_cohort / "truth.nii.gz").read_bytes() == (cohort / "truth.nii.gz").read_bytes()
-    assert json.loads((null_cohort / "cohort.json").read_text())["planted"] is False
-    near = ndimage.binary_dilation(volume(cohort / "truth.nii.gz") == 1, iterations=3)  # 12 mm
-    for path, label in zip(table.path, table.label, strict=True):
-        if label == 0:
-            assert (null_cohort / path).read_bytes() == (cohort / path).read_bytes()
-            continue
-        planted, null = volume(cohort / path), volume(null_cohort / path)
+def test_null_cohort_differs_only_where_loss_was_planted(cohort, scans, masks, tmp_path):
+    assert make(tmp_path, "--null") == 0
+    one, other = contents(cohort), contents(tmp_path)
+    assert json.loads(other["cohort.json"])["planted"] is False
+    patients = [path for path, label in pd.read_csv(cohort / "data.csv")[["path", "label"]].values if label]
+    assert {name for name in one if one[name] != other[name]} == {*patients, "cohort.json"}
+    near = ndimage.binary_dilation(masks[0], iterations=3)  # 12 mm
+    for path in patients:
+        planted, null = scans[path], read_values(tmp_path / path)
         changed = planted != null
         assert changed.sum() > 50
         assert not (changed & ~near).any()
@@ -192,95 +192,109 @@ def test_null_cohort_differs_only_where_loss_was_planted(cohort, null_cohort):
         assert (planted - null).min() < -0.1 * null.max()
 
 
-def test_patients_are_darker_in_the_truth(cohort):
-    truth, mask = (volume(cohort / f"{name}.nii.gz") == 1 for name in ("truth", "mask"))
-    table = pd.read_csv(cohort / "data.csv")
-    relative = pd.Series(
-        [volume(cohort / p)[truth].mean() / volume(cohort / p)[mask].mean() for p in table.path]
-    )
-    means = relative.groupby(table.label).mean()
-    assert means[1] < means[0] - 0.05
+# The folder --------------------------------------------------------------------------------------
 
 
-# The files ---------------------------------------------------------------------------------------
-
-
-def test_same_seed_same_bytes(cohort, tmp_path):
-    assert main(["--outpath", str(tmp_path / "again"), *SMALL]) == 0
-    assert files(tmp_path / "again") == files(cohort)
-
-
-def test_another_seed_and_a_larger_cohort(cohort, tmp_path):
-    assert main(["--outpath", str(tmp_path / "more"), *SMALL[2:], "--subjects", "8"]) == 0
-    more, few = files(tmp_path / "more"), files(cohort)
-    assert all(more[name] == few[name] for name in few if name.startswith("scans/"))
-    assert main(["--outpath", str(tmp_path / "other"), *SMALL[:-1], "2"]) == 0
-    other = files(tmp_path / "other")
+def test_same_seed_same_bytes_whatever_the_number_of_scans(cohort, tmp_path):
+    few = contents(cohort)
+    assert make(tmp_path / "again") == 0
+    assert contents(tmp_path / "again") == few
+    assert make(tmp_path / "more", "--subjects", "8") == 0
+    more = contents(tmp_path / "more")
+    assert len(more) == len(few) + 2
+    assert all(more[name] == few[name] for name in few if name not in ("data.csv", "cohort.json"))
+    assert make(tmp_path / "other", "--seed", "2") == 0
+    other = contents(tmp_path / "other")
     assert all(other[name] != few[name] for name in few if name.startswith("scans/"))
 
 
-def test_overwrite_replaces_the_cohort_and_nothing_else(tmp_path):
-    assert main(["--outpath", str(tmp_path), *SMALL]) == 0
-    foreign = [tmp_path / "notes.txt", tmp_path / "scans" / "sub-900_T1w.nii.gz"]
-    for path in foreign:
-        path.write_text("mine")
-    assert main(["--outpath", str(tmp_path), "--subjects", "4", "--voxel", "4", "--overwrite"]) == 0
-    assert [path.read_text() for path in foreign] == ["mine", "mine"]
-    scans = sorted(path.name for path in (tmp_path / "scans").iterdir())
-    assert scans == [*(f"sub-00{i}_T1w.nii.gz" for i in range(1, 5)), "sub-900_T1w.nii.gz"]
+def test_same_command_keeps_the_cohort_and_another_is_refused(cohort, capsys):
+    before = contents(cohort)
+    assert make(cohort) == 0
+    assert capsys.readouterr().out == f"{cohort}: simulated before, kept\n"
+    for change, words in {
+        "--subjects 5": "number_of_subjects (6 there, 5 now)",
+        "--voxel 3": "voxel_mm (4.0 there, 3.0 now)",
+        "--seed 2": "seed (1 there, 2 now)",
+        "--severity 2": "severity (1.0 there, 2.0 now)",
+        "--null": "severity (1.0 there, 0.0 now)",
+    }.items():
+        assert make(cohort, *change.split()) == 2
+        line = only_error(capsys.readouterr().err)
+        assert line.startswith(f"error: {cohort / 'cohort.json'} is of another run: {words}; ")
+        assert "--overwrite" in line
+    assert contents(cohort) == before
 
 
-# Errors ------------------------------------------------------------------------------------------
+def test_interrupted_cohort_starts_again(cohort, tmp_path, monkeypatch, capsys):
+    def interrupt(people, template, voxel, folder) -> None:
+        simulate.save_volume(np.zeros((2, 2, 2), np.uint8), voxel, folder / "scans" / "sub-001_T1w.nii.gz")
+        raise KeyboardInterrupt
+
+    (tmp_path / "scans").mkdir()
+    with monkeypatch.context() as patch:
+        patch.setattr(simulate, "save_scans", interrupt)
+        assert make(tmp_path) == 130
+    assert "the same command starts again" in capsys.readouterr().err
+    assert make(tmp_path, "--seed", "2") == 2
+    assert make(tmp_path) == 0
+    assert contents(tmp_path) == contents(cohort)
+
+
+def test_overwrite_replaces_the_cohort_and_nothing_else(cohort, tmp_path):
+    shutil.copytree(cohort, tmp_path, dirs_exist_ok=True)
+    foreign = {"notes.txt": b"mine", "scans/sub-900_T1w.nii.gz": b"mine"}
+    for name, content in foreign.items():
+        (tmp_path / name).write_bytes(content)
+    assert make(tmp_path, "--subjects", "4", "--overwrite") == 0
+    after = contents(tmp_path)
+    assert {name: after[name] for name in foreign} == foreign
+    scans = {name for name in after if name.startswith("scans/")} - set(foreign)
+    assert scans == {f"scans/sub-00{i}_T1w.nii.gz" for i in range(1, 5)}
+
+
+def test_record_of_many_subjects_can_be_read_again():
+    people = [simulate.draw_subject(0, index, 1.0) for index in range(100)]
+    size = len(json.dumps(simulate.describe(people, 2.0, 1.0), indent=2))
+    assert 30_000 * size / len(people) < storage.RECORD_SIZE
+
+
+# Mistakes ----------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
     ("options", "named"),
     [
-        (["--subjects", "3"], "'3' is not an integer >= 4"),
-        (["--voxel", "0.5"], "'0.5' is not a number >= 1 and <= 4"),
-        (["--voxel", "nan"], "--voxel"),
-        (["--seed", "-1"], "--seed"),
-        (["--severity", "-0.1"], "--severity"),
-        (["--depth", "2"], "--depth"),
+        ("--subjects 3", "'3' is not an integer >= 4"),
+        ("--voxel 0.5", "'0.5' is not a number >= 1 and <= 4"),
+        ("--voxel nan", "--voxel"),
+        ("--seed -1", "--seed"),
+        ("--severity -0.1", "--severity"),
+        ("--depth 2", "--depth"),
     ],
 )
 def test_bad_options(options, named, tmp_path, capsys):
-    assert main(["--outpath", str(tmp_path / "cohort"), *options]) == 2
-    assert_one_error_line(capsys, named)
+    assert make(tmp_path / "cohort", *options.split()) == 2
+    assert named in only_error(capsys.readouterr().err)
     assert not (tmp_path / "cohort").exists()
 
 
-@pytest.mark.parametrize("name", ["cohort.json", "data.csv", "scans/sub-004_T1w.nii.gz"])
-def test_existing_files_stop_the_run(name, tmp_path, capsys):
-    path = tmp_path / name
-    path.parent.mkdir(exist_ok=True)
-    path.write_text("precious")
-    assert main(["--outpath", str(tmp_path), *SMALL]) == 2
-    assert_one_error_line(capsys, str(path))
-    assert files(tmp_path) == {name: b"precious"}
+FOREIGN = [
+    ("cohort.json", "precious", "", "cohort.json: cannot be read as JSON"),
+    ("data.csv", "precious", "", "data.csv is in the way"),
+    ("scans/sub-004_T1w.nii.gz", "precious", "", "scans/sub-004_T1w.nii.gz is in the way"),
+    ("cohort.json", "precious", "--overwrite", "cohort.json: cannot be read as JSON"),
+    ("cohort.json", '{"subjects": 6}', "--overwrite", "cohort.json: not written by simulate.py"),
+    ("scans", "a file", "", "--outpath .: scans is not a folder"),
+    ("taken", "a file", "--outpath taken", "--outpath taken: taken is not a folder"),
+]
 
 
-@pytest.mark.parametrize("content", ["precious", '{"subjects": 6}'])
-def test_overwrite_spares_a_foreign_record(content, tmp_path, capsys):
-    (tmp_path / "cohort.json").write_text(content)
-    assert main(["--outpath", str(tmp_path), *SMALL, "--overwrite"]) == 2
-    assert_one_error_line(capsys, str(tmp_path / "cohort.json"))
-    assert files(tmp_path) == {"cohort.json": content.encode()}
-
-
-@pytest.mark.parametrize("name", ["taken", "cohort/scans"])
-def test_a_file_where_a_folder_belongs(name, tmp_path, capsys):
-    path = tmp_path / name
-    path.parent.mkdir(exist_ok=True)
-    path.write_text("a file")
-    folder = tmp_path / name.split("/")[0]
-    assert main(["--outpath", str(folder), *SMALL]) == 2
-    assert_one_error_line(capsys, "--outpath")
-    assert files(tmp_path) == {name: b"a file"}
-
-
-def assert_one_error_line(capsys, named: str) -> None:
-    lines = capsys.readouterr().err.splitlines()
-    assert len(lines) == 1
-    assert lines[0].startswith("error: ")
-    assert named in lines[0]
+@pytest.mark.parametrize(("name", "content", "options", "words"), FOREIGN)
+def test_files_of_others_stop_the_run(name, content, options, words, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    Path(name).parent.mkdir(exist_ok=True)
+    Path(name).write_text(content)
+    assert make(Path(), *options.split()) == 2
+    assert only_error(capsys.readouterr().err).startswith(f"error: {words}")
+    assert contents(tmp_path) == {name: content.encode()}

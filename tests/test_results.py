@@ -1,0 +1,380 @@
+"""results.py: one record, one mark of "finished", one way to go on, to refuse, to overwrite."""
+
+import json
+import re
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+from unittest.mock import Mock
+
+import pytest
+from cohorts import contents
+
+from internals import storage
+from internals.errors import InputError
+from internals.results import Files, ResultFolder
+
+ROOT = Path(__file__).resolve().parents[1]
+FILES = Files(
+    record="run.json",
+    part=["map_f{}.nii", "list_f{}.csv"],
+    beside=["scans/f{}_*.nii"],
+    progress=["progress_f{}.pth"],
+    shared=["table.csv"],
+    summary=["map_all.nii", "map_all.png"],
+    facts=["digest", "device"],
+)
+IDENTITY = {"model": "modelB2", "options": {"beta": 0.5}}
+OTHERS = {"notes.txt", "scans/other.txt"}  # of somebody else
+
+
+def results_of(path: Path, **changes: Any) -> ResultFolder:
+    return ResultFolder(**{"path": path, "files": FILES, "parts": range(3), "identity": IDENTITY} | changes)
+
+
+def names_of(part: object) -> set[str]:
+    return {f"map_f{part}.nii", f"list_f{part}.csv", f"scans/f{part}_a.nii"}
+
+
+def write(folder: Path, names: Sequence[str] | set[str], text: str = "x") -> None:
+    for name in names:
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_text(text)
+
+
+def run(results: ResultFolder, **about: Any) -> tuple[list, bool]:
+    """What every command does; returns the parts it made, and whether it made what is made of all."""
+    with results.at_work(about) as missing:
+        for part in missing:
+            write(results.path, {f"progress_f{part}.pth", *names_of(part)})
+            results.finish(part, device=f"gpu{part}")
+        with results.summary() as due:
+            if due:
+                write(results.path, FILES.summary)
+    return missing, due
+
+
+def record_of(folder: Path) -> dict:
+    return json.loads((folder / "run.json").read_text())
+
+
+@pytest.fixture
+def done(tmp_path) -> Path:
+    """A folder of three finished parts, and two files of somebody else."""
+    run(results_of(tmp_path / "out"), csv="data.csv")
+    write(tmp_path / "out", {*OTHERS, "table.csv"})
+    return tmp_path / "out"
+
+
+EVERYTHING = {*names_of(0), *names_of(1), *names_of(2), *FILES.summary, "run.json", "table.csv", *OTHERS}
+
+
+# Afresh, and going on ----------------------------------------------------------------------------
+
+
+def test_new_folder_is_made_when_work_begins(tmp_path):
+    results = results_of(tmp_path / "a" / "b")
+    assert not results.check(Mock(side_effect=AssertionError))
+    assert not results.is_finished()
+    assert not (tmp_path / "a").exists()
+    assert run(results, csv="data.csv") == ([0, 1, 2], True)
+    assert set(contents(tmp_path / "a" / "b")) == EVERYTHING - OTHERS - {"table.csv"}
+    assert record_of(tmp_path / "a" / "b") == IDENTITY | {
+        "csv": "data.csv",
+        "versions": storage.package_versions(),
+        "finished": [0, 1, 2, "summary"],
+        "device": {"0": "gpu0", "1": "gpu1", "2": "gpu2"},
+        "digest": {},
+    }
+
+
+def test_folder_with_other_files_is_free(tmp_path):
+    write(tmp_path, OTHERS)
+    assert not results_of(tmp_path).check()
+    assert run(results_of(tmp_path)) == ([0, 1, 2], True)
+
+
+def test_second_call_keeps_everything(done):
+    before, inspected = contents(done), []
+    assert results_of(done).check(inspected.append)
+    assert sorted(inspected) == [0, 1, 2]
+    assert results_of(done).is_finished()
+    assert run(results_of(done), csv="data.csv") == ([], False)
+    assert contents(done) == before
+
+
+def test_damage_that_is_found_by_inspection_refuses_the_folder(done):
+    with pytest.raises(InputError, match="damaged"):
+        results_of(done).check(Mock(side_effect=InputError("damaged")))
+
+
+def test_what_the_record_says_beside_the_identity_may_change(done):
+    write(done, ["run.json"], json.dumps(record_of(done) | {"versions": {"torch": "1.0"}}))
+    assert run(results_of(done), csv="moved.csv") == ([], False)
+    assert record_of(done)["csv"] == "moved.csv"
+    assert record_of(done)["versions"] == {"torch": "1.0"}  # of those that made what is there
+
+
+def test_parts_may_be_made_one_call_each(tmp_path):
+    for part, missing in [(1, [0, 2]), (0, [2]), (0, [2])]:
+        results = results_of(tmp_path, chosen=[part])
+        run(results)
+        assert results.unfinished() == missing
+        assert not results.is_finished()
+        assert not set(FILES.summary) & set(contents(tmp_path))
+    assert record_of(tmp_path)["finished"] == [0, 1]  # in order
+    assert list(record_of(tmp_path)["device"]) == ["0", "1"]
+    assert run(results_of(tmp_path, chosen=[2])) == ([2], True)
+    assert results_of(tmp_path).is_finished()
+
+
+@pytest.mark.parametrize(
+    ("lost", "missing", "due"),
+    [("map_f1.nii", [1], True), ("list_f2.csv", [2], True), ("map_all.png", [], True),
+     ("scans/f1_a.nii", [], False), ("table.csv", [], False)],
+)  # fmt: skip
+def test_what_is_lost_is_made_again(done, lost, missing, due):
+    (done / lost).unlink()
+    assert results_of(done).is_finished() == (not due)
+    with results_of(done).at_work({}) as unfinished:
+        assert unfinished == missing
+        gone = {name for part in missing for name in names_of(part)} | (
+            set(FILES.summary) if missing else set()
+        )
+        assert set(contents(done)) == EVERYTHING - gone - {lost} | {f".lock-fold_{part}" for part in range(3)}
+        record = record_of(done)
+        assert record["finished"] == [p for p in range(3) if p not in missing] + ["summary"] * (not due)
+        assert list(record["device"]) == [str(part) for part in range(3) if part not in missing]
+    assert run(results_of(done)) == (missing, due)
+
+
+def test_part_that_was_made_from_something_else_is_not_finished(tmp_path):
+    made_from = {part: {"digest": f"sha{part}"} for part in range(3)}
+    assert run(results_of(tmp_path, made_from=made_from)) == ([0, 1, 2], True)
+    assert run(results_of(tmp_path, made_from=made_from)) == ([], False)
+    changed = made_from | {1: {"digest": "other"}}
+    assert results_of(tmp_path, made_from=changed).unfinished() == [1]
+    assert run(results_of(tmp_path, made_from=changed, chosen=[0])) == ([], False)
+    assert run(results_of(tmp_path, made_from=changed)) == ([1], True)
+    assert record_of(tmp_path)["digest"] == {"0": "sha0", "1": "other", "2": "sha2"}
+
+
+def test_record_of_an_earlier_version(done):
+    """It has no list of what is finished: files and facts alone say so."""
+    record = record_of(done)
+    del record["finished"]
+    write(done, ["run.json"], json.dumps(record | {"digest": {"0": "a", "1": "b"}}))
+    made_from = {part: {"digest": "a"} for part in range(2)}
+    assert results_of(done).is_finished()
+    assert results_of(done, made_from=made_from).unfinished() == [1]
+    (done / "map_f2.nii").unlink()
+    assert run(results_of(done, made_from=made_from)) == ([1, 2], True)
+    assert record_of(done)["finished"] == [0, 1, 2, "summary"]
+
+
+# Interruptions -----------------------------------------------------------------------------------
+
+
+def test_interrupted_part_goes_on_from_its_progress(done):
+    """Half of its files and whatever a dead writer left go; finished parts have no progress to go on from."""
+    (done / "map_f1.nii").unlink()
+    leftovers = [
+        ".partial-map_f1.nii",
+        ".partial-map_all.png",
+        ".partial-run.json",
+        "scans/.partial-f1_b.nii",
+    ]
+    write(done, ["progress_f0.pth", "progress_f1.pth", "list_f1.csv", "scans/f1_b.nii", *leftovers])
+    with results_of(done, chosen=[0, 1]).at_work({}) as missing:
+        assert missing == [1]
+        locks = {".lock-fold_0", ".lock-fold_1"}
+        kept = EVERYTHING - names_of(1) - set(FILES.summary) | {"progress_f1.pth"}
+        assert set(contents(done)) == kept | locks
+        write(done, names_of(1))
+        results_of(done).finish(1)
+        assert not (done / "progress_f1.pth").exists()
+
+
+def test_leftovers_of_another_part_may_be_written_just_now(done):
+    write(done, [".partial-map_f2.nii"])
+    run(results_of(done, chosen=[0, 1]))
+    assert (done / ".partial-map_f2.nii").exists()
+    run(results_of(done))
+    assert not (done / ".partial-map_f2.nii").exists()
+
+
+def test_summary_that_is_interrupted_is_due_again(done, monkeypatch):
+    (done / "map_all.png").unlink()
+    results = results_of(done)
+    with monkeypatch.context() as patch:
+        patch.setattr("test_results.write", Mock(side_effect=KeyboardInterrupt))
+        with pytest.raises(KeyboardInterrupt):
+            run(results)
+    write(done, FILES.summary)
+    assert not results.is_finished()  # though its files are there
+    assert run(results) == ([], True)
+
+
+def test_files_are_changed_under_one_lock(done):
+    results = results_of(done)
+    with results.locked(), results.locked():
+        results.finish(1, device="other")  # waits for no lock of its own
+        assert (done / ".lock").exists()
+    assert not (done / ".lock").exists()
+    assert record_of(done)["device"]["1"] == "other"
+
+
+# Refused -----------------------------------------------------------------------------------------
+
+
+def refusal(results: ResultFolder) -> str:
+    """What check and at_work both say; nothing is changed."""
+    before, messages = contents(results.path), set()
+    for ask in (results.check, results.is_finished, lambda: run(results)):
+        with pytest.raises(InputError) as error:
+            ask()
+        messages.add(str(error.value))
+    assert contents(results.path) == before
+    (message,) = messages
+    return message
+
+
+def test_folder_of_another_run_is_refused(done):
+    other = {"model": "modelB2", "options": {"beta": 1.0, "steps": 5}}
+    message = refusal(results_of(done, identity=other))
+    way_out = "choose another --outpath, or --overwrite"
+    differing = "beta (0.5 there, 1.0 now), steps (None there, 5 now)"
+    assert message == f"{done / 'run.json'} is of another run: {differing}; {way_out}"
+    assert not results_of(done, identity=other, overwrite=True).check()
+    message = refusal(results_of(done, identity=other, overwrite=True, chosen=[1]))
+    assert message.endswith(f"{way_out} without --run-folds")  # the record is of the others, too
+
+
+@pytest.mark.parametrize(
+    "name", ["map_f7.nii", "scans/f0_a.nii", "progress_f0.pth", "table.csv", "map_all.png"]
+)
+def test_results_without_a_record_are_in_the_way(tmp_path, name):
+    write(tmp_path, [name])
+    message = refusal(results_of(tmp_path))
+    assert message == f"{tmp_path / name} is in the way; choose another --outpath, or --overwrite"
+    assert run(results_of(tmp_path, overwrite=True)) == ([0, 1, 2], True)
+
+
+@pytest.mark.parametrize("finished", [None, "all", {"0": True}])
+def test_damaged_list_of_what_is_finished(done, finished):
+    write(done, ["run.json"], json.dumps(record_of(done) | {"finished": finished}))
+    assert "run.json: is damaged: 'finished' is" in refusal(results_of(done))
+
+
+@pytest.mark.parametrize(
+    ("content", "words"), [('{"model": ', "cannot be read as JSON"), ('{"device": 5}', "is of another run")]
+)
+def test_damaged_record(done, content, words):
+    write(done, ["run.json"], content)
+    assert words in refusal(results_of(done))
+    assert run(results_of(done, overwrite=True)) == ([0, 1, 2], True)
+
+
+def test_outpath_that_is_or_lies_below_a_file(tmp_path):
+    (tmp_path / "file").touch()
+    for place in (tmp_path / "file", tmp_path / "file" / "below"):
+        with pytest.raises(InputError, match=rf"--outpath {place}: {tmp_path / 'file'} is not a folder"):
+            results_of(place).check()
+
+
+# Overwriting -------------------------------------------------------------------------------------
+
+
+def test_overwriting_all_spares_what_is_not_the_commands(done):
+    write(done, ["map_f7.nii", "progress_f1.pth"])  # of a run of more folds, or interrupted
+    results = results_of(done, overwrite=True, identity={"model": "other"})
+    assert not results.check(Mock(side_effect=AssertionError))
+    assert not results.is_finished()
+    with results.at_work({}) as missing:
+        assert missing == [0, 1, 2]
+        assert set(contents(done)) == {*OTHERS, "run.json", *(f".lock-fold_{part}" for part in missing)}
+        record = record_of(done)
+        assert (record["model"], record["finished"], record["device"]) == ("other", [], {})
+        assert "csv" not in record
+    assert run(results) == ([0, 1, 2], True)  # once: what this call has made is not overwritten
+    assert run(results) == ([], False)
+
+
+TWELVE = range(12)
+
+
+@pytest.mark.parametrize("chosen", [[0], [1], [10], [1, 10]])
+def test_overwriting_some_parts_spares_the_others_and_the_record(tmp_path, chosen):
+    run(results_of(tmp_path, parts=TWELVE))
+    write(tmp_path, ["table.csv"])
+    before, inspected = set(contents(tmp_path)), []
+    results = results_of(tmp_path, parts=TWELVE, chosen=chosen, overwrite=True)
+    assert results.check(inspected.append)
+    assert set(inspected) == set(TWELVE) - set(chosen)
+    assert results.unfinished() == chosen
+    with results.at_work({}) as missing:
+        assert missing == chosen
+        gone = {name for part in chosen for name in names_of(part)} | set(FILES.summary)
+        locks = {f".lock-fold_{part}" for part in chosen}
+        assert set(contents(tmp_path)) == before - gone | locks
+        assert record_of(tmp_path)["finished"] == [part for part in TWELVE if part not in chosen]
+    assert run(results) == (chosen, True)
+
+
+# Several processes -------------------------------------------------------------------------------
+
+WORKER = """
+import sys; sys.path.insert(0, "tests")
+from pathlib import Path
+from test_results import results_of, run
+folder, part = Path(sys.argv[1]), int(sys.argv[2])
+if sys.argv[3] == "wait":
+    with results_of(folder, parts=range(8), chosen=[part]).at_work({}):
+        print("ready", flush=True)
+        input()
+print(run(results_of(folder, parts=range(8), chosen=[part])))
+"""
+
+
+def worker(folder: Path, part: int, what: str) -> subprocess.Popen:
+    pipes: dict[str, Any] = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
+    return subprocess.Popen([sys.executable, "-c", WORKER, folder, str(part), what], cwd=ROOT, **pipes)
+
+
+def test_part_that_another_process_works_on_is_refused(tmp_path):
+    run(results_of(tmp_path, parts=range(8)))
+    with worker(tmp_path, 7, "wait") as other:
+        assert other.stdout is not None
+        assert other.stdout.readline() == "ready\n"
+        before = contents(tmp_path)
+        for refused in ({"chosen": [0, 7]}, {}, {"overwrite": True}):
+            words = rf"^{re.escape(str(tmp_path))}: another process is at work on fold 7$"
+            with pytest.raises(InputError, match=words):
+                run(results_of(tmp_path, parts=range(8), **refused))
+        with pytest.raises(InputError, match=r"^--overwrite: another process is at work in "):
+            run(results_of(tmp_path, overwrite=True))  # by a run of fewer folds, too
+        assert contents(tmp_path) == before
+        assert run(results_of(tmp_path, parts=range(8), chosen=[0], overwrite=True)) == ([0], True)
+        other.kill()
+        other.wait()
+    assert (tmp_path / ".lock-fold_7").exists()  # nobody holds it
+    assert run(results_of(tmp_path, overwrite=True)) == ([0, 1, 2], True)
+
+
+def test_of_several_processes_one_makes_what_is_made_of_all(tmp_path):
+    workers = [worker(tmp_path, part, "run") for part in range(8)]
+    said = [process.communicate()[0] for process in workers]
+    assert [line.rpartition(", ")[0] for line in said] == [f"([{part}]" for part in range(8)]
+    assert sum("True" in line for line in said) == 1
+    assert record_of(tmp_path)["finished"] == [*range(8), "summary"]
+    assert not list(tmp_path.glob(".*"))
+
+
+def test_parts_with_names(tmp_path):
+    results = results_of(tmp_path, parts=["comparison"])
+    with results.at_work({}), pytest.raises(InputError, match=r"at work on comparison$"):
+        run(results_of(tmp_path, parts=["comparison"]))
+    assert run(results) == (["comparison"], True)
+    assert record_of(tmp_path)["finished"] == ["comparison", "summary"]

@@ -63,7 +63,6 @@ class ResultFolder:
     made_from: Mapping[Any, Mapping[str, Any]] = field(default_factory=dict)
     chosen: Sequence[PartKey] | None = None
     overwrite: bool = False
-    _depth: int = 0
 
     # Before any work ----------------------------------------------------------------------------
 
@@ -210,14 +209,8 @@ class ResultFolder:
     @contextlib.contextmanager
     def locked(self) -> Iterator[None]:
         """Hold the folder's shared files while they are read, changed and written back."""
-        with contextlib.ExitStack() as stack:
-            if not self._depth:
-                stack.enter_context(storage.locked(self.path / LOCK))
-            self._depth += 1
-            try:
-                yield
-            finally:
-                self._depth -= 1
+        with storage.locked(self.path / LOCK):
+            yield
 
     # The record ---------------------------------------------------------------------------------
 

@@ -18,12 +18,13 @@ from standin import StandIn
 from torch import Tensor
 from torch.utils.data import DataLoader, TensorDataset
 
-import heatmap
 import models
 import selfcheck
-import train_cv
+import training
+from explaining import Explainer, explain_scans
 from internals import devices
 from internals.errors import InputError
+from methods import METHODS
 
 CPU, GPU = torch.device("cpu"), torch.device("cuda", 0)
 
@@ -286,13 +287,12 @@ def test_an_epoch_of_training_and_its_scores(place: Place):
     batches = TensorDataset(scans, torch.tensor([0, 1, 1, 0, 1]))
 
     def trained(network: models.CNN3d) -> Tensor:
-        network = network.train()
-        optimiser = torch.optim.Adam(network.parameters(), lr=1e-3)
+        state = training.TrainingState(network, torch.optim.Adam(network.parameters(), lr=1e-3))
         loader = DataLoader(batches, 2)
-        losses = [train_cv.train_epoch(network, loader, optimiser, torch.float32, "") for _ in range(2)]
-        kept = train_cv.weights(network)
+        losses = [training.train_epoch(state, loader, "fp32", "") for _ in range(2)]
+        kept = training.plain_weights(network)
         assert all(values.device == CPU for values in kept.values())
-        return torch.tensor([*losses, *train_cv.evaluate(network, loader)])
+        return torch.tensor([*losses, *training.evaluate(network, loader)])
 
     def plainly_trained(network: models.CNN3d) -> Tensor:
         def loss(volume: Tensor, label: Tensor) -> Tensor:
@@ -337,7 +337,8 @@ def test_a_loss_is_waited_for_one_step_late(monkeypatch):
     model = random_network(CASES["one block"]).float()
     scans = random_volume(CASES["one block"], 3).float()
     loader = DataLoader(TensorDataset(scans, torch.tensor([1, 0, 1])), 1)
-    train_cv.train_epoch(model, loader, torch.optim.Adam(model.parameters()), torch.float32, "")
+    state = training.TrainingState(model, torch.optim.Adam(model.parameters()))
+    training.train_epoch(state, loader, "fp32", "")
     assert events == ["step 1", "step 2", "wait 1", "step 3", "wait 2", "wait 3"]
 
 
@@ -356,18 +357,17 @@ def test_only_cuda_copies_without_waiting(monkeypatch):
     assert copies == [(CPU, False), (GPU, True), (torch.device("mps"), False)]
 
 
-@pytest.mark.parametrize("method", heatmap.METHODS)
+@pytest.mark.parametrize("method", METHODS)
 def test_maps_are_described_where_there_is_no_float64(method):
     """On MPS: sums and residuals are taken in float64, so the maps leave the device before."""
     case = CASES["B"]
     model, scans = random_network(case).float(), random_volume(case, 2).float()
-    options = {"beta": 0.5, "steps": 2, "target": "label"}
-    grid = SimpleNamespace(shape=scans.shape[2:])
+    known = METHODS[method]
 
     def explained(network: models.CNN3d) -> tuple[np.ndarray, pd.DataFrame]:
-        explain, expected = heatmap.configure(method, network, grid, options, None)  # type: ignore[arg-type]
+        explainer = Explainer(network, known, known.chosen({"beta": 0.5, "steps": 2}), None, "label")
         loader = DataLoader(TensorDataset(scans, torch.tensor([0, 1])), 2)
-        return heatmap.explain_fold(network, loader, explain, expected, "label", lambda *_: None, method)
+        return explain_scans(explainer, loader, lambda *_: None, method)
 
     mean, rows = explained(model)
     with StandIn("mps") as standin:

@@ -1,0 +1,178 @@
+"""caches.py: where decoded scans are kept, and what of it is taken again."""
+
+import os
+import shutil
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from cohorts import cohort_of, stacked, tiny_cohort, voxels, write_csv, write_scan
+from standin import StandIn
+
+import dataset
+from dataset import ScanDataset
+from internals import caches, devices, memory
+from internals.caches import Cache
+from internals.errors import InputError
+
+TINY = (5, 6, 7)
+GPU = torch.device("cuda", 0)
+
+
+def opened(csv: Path, kind: str, **options) -> ScanDataset:
+    return cohort_of(csv).open_scans(Cache(kind, csv.parent / "cache", **options))
+
+
+def stored(csv: Path) -> list[Path]:
+    return [path for path in (csv.parent / "cache").glob("*") if not path.name.startswith(".")]
+
+
+@pytest.fixture
+def csv(tmp_path) -> Path:
+    return tiny_cohort(tmp_path)
+
+
+@pytest.mark.parametrize("kind", ["ram", "disk", "none", "auto", "reuse"])
+def test_caches_hold_the_same_tensors(csv, kind, capsys):
+    scans = opened(csv, kind)
+    place = {"ram": "in memory", "auto": "in memory", "disk": "in /"}.get(kind, "not cached")
+    assert f"scans: 6 of 5x6x7 voxels, 0.00 GB, {place}" in capsys.readouterr().out
+    expected = np.stack([dataset.read_scan(csv.parent / f"{i}.nii") for i in range(6)])[:, None]
+    for _ in range(2):
+        volumes = stacked(scans)
+        assert volumes.dtype == torch.float32
+        assert np.array_equal(volumes.numpy(), expected)
+        batch, _ = next(iter(scans.loader([0, 1], 2, workers=0)))
+        batch.zero_()  # a consumer of batches that writes must not reach the cache
+    assert [scans[i][1] for i in range(len(scans))] == [0, 1] * 3
+    assert (len(stored(csv)) == 1) == (kind == "disk")
+    assert scans.in_memory == (kind in ("ram", "auto"))
+    if kind not in ("none", "reuse"):  # handed out as it lies there
+        assert np.shares_memory(scans[2][0].numpy(), scans[2][0].numpy())
+
+
+def test_writing_to_a_scan_does_not_reach_the_file(csv):
+    scans = opened(csv, "disk")
+    (file,) = stored(csv)
+    before = file.read_bytes()
+    scans[0][0].zero_()
+    del scans
+    assert file.read_bytes() == before
+
+
+def replace_scan(path: Path, values: np.ndarray, later: int = 0) -> None:
+    """Write another scan in place of one, with the same time or one that is later by nanoseconds."""
+    status = path.stat()
+    write_scan(path, values)
+    os.utime(path, ns=(status.st_atime_ns, status.st_mtime_ns + later))
+
+
+def test_disk_cache_is_reused_and_rebuilt_when_a_scan_changes(csv, capsys):
+    first = stacked(opened(csv, "disk"))
+    replace_scan(csv.parent / "2.nii", voxels(77, shape=TINY))
+    for kind in ("disk", "auto", "reuse", "ram"):  # not decoded again
+        capsys.readouterr()
+        assert torch.equal(stacked(opened(csv, kind)), first)
+        assert ("read from" in capsys.readouterr().out) == (kind != "ram")
+    replace_scan(csv.parent / "2.nii", voxels(78, shape=TINY), later=10**9)
+    rebuilt = stacked(opened(csv, "disk"))
+    assert np.array_equal(rebuilt[2, 0].numpy(), dataset.read_scan(csv.parent / "2.nii"))
+    assert torch.equal(rebuilt[[0, 1, 3, 4, 5]], first[[0, 1, 3, 4, 5]])
+
+
+def test_disk_cache_follows_size_order_and_number_of_scans(csv):
+    first = stacked(opened(csv, "disk"))
+    backwards = write_csv(csv.parent / "back.csv", [(f"{i}.nii", i % 2) for i in range(5, -1, -1)])
+    assert torch.equal(stacked(opened(backwards, "disk")), first.flip(0))
+    fewer = write_csv(csv.parent / "fewer.csv", [("1.nii", 1), ("0.nii", 0)])
+    assert torch.equal(stacked(opened(fewer, "disk")), first[[1, 0]])
+    replace_scan(csv.parent / "2.nii", voxels(5, shape=TINY).astype(np.float32))
+    assert torch.equal(stacked(opened(csv, "disk"))[2], first[5])
+
+
+def test_disk_cache_of_a_crash_is_ignored(csv, monkeypatch):
+    expected, cache = stacked(opened(csv, "none")), csv.parent / "cache"
+
+    def crash(file: Path) -> np.ndarray:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(dataset, "read_scan", crash)
+        with pytest.raises(KeyboardInterrupt):
+            opened(csv, "disk")
+    assert stored(csv) == []
+    assert torch.equal(stacked(opened(csv, "disk")), expected)
+    (whole,) = stored(csv)
+    partial = cache / f".partial-{whole.name}"
+    partial.write_bytes(bytes(whole.stat().st_size))  # a killed process' leftover
+    former = cache / "scans-0123456789abcdef.float32"  # of scans as they were
+    former.write_bytes(bytes(whole.stat().st_size))
+    whole.write_bytes(whole.read_bytes()[:-4])  # and a disk that ran full
+    assert torch.equal(stacked(opened(csv, "disk")), expected)
+    assert [file.name for file in cache.iterdir()] == [whole.name]
+
+
+@pytest.mark.parametrize("kind", ["ram", "disk", "none"])
+def test_bad_scans_are_all_named_and_no_cache_stays(csv, kind):
+    write_scan(csv.parent / "1.nii", np.full(TINY, 3, np.int16))
+    write_scan(csv.parent / "4.nii", np.full(TINY, np.nan, np.float32))
+    with pytest.raises(InputError) as error:
+        opened(csv, kind)
+    words = ["2 of 6", "1.nii: is constant (every voxel is 3)", "4.nii: has voxels that are NaN"]
+    assert all(word in str(error.value) for word in words), error.value
+    assert not (csv.parent / "cache").exists()
+
+
+# Which is chosen ---------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("free", "disk", "shared", "expected"),
+    [(200, 0, False, "ram"), (199, 200, False, "disk"), (199, 199, False, "none"), (200, 200, False, "ram"),
+     (200, 200, True, "disk"), (200, 199, True, "ram")],
+)  # fmt: skip
+def test_cache_takes_at_most_half_of_memory_or_disk(tmp_path, monkeypatch, free, disk, shared, expected):
+    monkeypatch.setattr(memory, "available", lambda: free)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=disk))
+    assert caches.roomiest(100, tmp_path / "not" / "there" / "yet", shared) == expected
+
+
+def test_auto_cache_goes_to_disk_where_memory_is_short(csv, monkeypatch):
+    monkeypatch.setattr(memory, "available", lambda: 1000)
+    scans = opened(csv, "auto")
+    assert stored(csv)[0].stat().st_size == 4 * 6 * 5 * 6 * 7
+    assert not scans.in_memory
+
+
+@pytest.mark.parametrize(
+    ("free", "need", "fits"), [(200, 0, True), (199, 0, False), (300, 200, True), (300, 201, False)]
+)
+def test_gpu_cache_takes_at_most_half_and_leaves_what_a_network_needs(monkeypatch, free, need, fits):
+    monkeypatch.setattr(devices, "free_memory", lambda device: free)
+    assert caches.fits_on_gpu(100, GPU, need) == fits
+    assert not caches.fits_on_gpu(0, torch.device("cpu"), 0)
+
+
+def test_gpu_cache_that_cannot_be(csv, monkeypatch):
+    with pytest.raises(InputError, match="--cache gpu: the device is cpu, expected a GPU of CUDA"):
+        opened(csv, "gpu")
+    monkeypatch.setattr(devices, "free_memory", lambda device: 5 * 10**3)
+    with pytest.raises(InputError, match=r"the scans take 0\.0 GB, cuda:0 has 0\.0 GB free"):
+        opened(csv, "gpu", device=GPU)
+
+
+@pytest.mark.parametrize("kind", ["gpu", "auto"])
+def test_scans_kept_on_a_gpu_are_batches_there(csv, monkeypatch, kind):
+    """Decoded by threads into one tensor there; batches are put together there, too."""
+    monkeypatch.setattr(devices, "free_memory", lambda device: 10**6)
+    with StandIn("cuda") as standin:
+        scans = opened(csv, kind, device=standin.device)
+        assert scans.on_gpu
+        found = list(scans.loader([4, 0, 3], 2, 2, device=standin.device))
+        assert all(volume.device == standin.device for volume, _ in found)
+        volumes = torch.cat([volume.cpu() for volume, _ in found])
+    expected = np.stack([dataset.read_scan(csv.parent / f"{i}.nii") for i in (4, 0, 3)])[:, None]
+    assert np.array_equal(volumes.numpy(), expected)
+    assert [label.tolist() for _, label in found] == [[0, 0], [1]]

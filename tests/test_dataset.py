@@ -1,23 +1,22 @@
-"""dataset.py: the CSV, the checks of scans, scaling, caches and folds."""
+"""dataset.py: the CSV, the checks of scans, scaling, the cohort and its folds."""
 
 import contextlib
-import os
+import hashlib
 import pickle
 import shutil
 from pathlib import Path
-from types import SimpleNamespace
 
 import nibabel as nib
 import numpy as np
 import pandas as pd
 import pytest
-import torch
-from cohorts import AFFINE, read_nifti, tiny_cohort, voxels, write_csv, write_scan
+from cohorts import AFFINE, cohort_of, read_nifti, stacked, tiny_cohort, voxels, write_csv, write_scan
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from standin import StandIn
 
 import dataset
+from internals import storage
+from internals.caches import Cache
 from internals.errors import InputError
 
 TINY = (5, 6, 7)
@@ -62,26 +61,16 @@ def test_csv_forms(tmp_path, text, expected, encoding):
     assert list(table.index) == [0, 1]
 
 
-def test_csv_quoted_comma_and_unicode(tmp_path):
-    table = read_text(tmp_path, '"a, b.nii",0\nsüß/é.nii,1\n')
-    assert list(table["path"]) == ["a, b.nii", "süß/é.nii"]
-    assert table["file"][0] == tmp_path / "a, b.nii"
-
-
-def test_csv_paths_absolute_home_and_parent(tmp_path, monkeypatch):
+def test_csv_paths(tmp_path, monkeypatch):
     monkeypatch.setenv("HOME", str(tmp_path / "home"))
     (tmp_path / "lists").mkdir()
-    table = read_text(tmp_path / "lists", "/data/a.nii,0\n~/b.nii,1\n../c.nii,1\n")
-    assert list(table["path"]) == ["/data/a.nii", "~/b.nii", "../c.nii"]
-    assert list(table["file"]) == [Path("/data/a.nii"), tmp_path / "home/b.nii", tmp_path / "c.nii"]
-
-
-def test_csv_relative_path_does_not_depend_on_the_working_folder(tmp_path, monkeypatch):
-    write_csv(tmp_path / "data.csv", [("a.nii", 0), ("b.nii", 1)])
-    monkeypatch.chdir(tmp_path)
-    from_inside = dataset.read_csv(Path("data.csv"))
-    monkeypatch.chdir("/")
-    assert dataset.read_csv(tmp_path / "data.csv").equals(from_inside)
+    text = '/data/a.nii,0\n~/b.nii,1\n../c.nii,1\n"d, e.nii",0\nsüß/é.nii,1\n'
+    table = read_text(tmp_path / "lists", text)
+    assert list(table["path"]) == ["/data/a.nii", "~/b.nii", "../c.nii", "d, e.nii", "süß/é.nii"]
+    places = ["home/b.nii", "c.nii", "lists/d, e.nii", "lists/süß/é.nii"]
+    assert list(table["file"]) == [Path("/data/a.nii"), *(tmp_path / place for place in places)]
+    monkeypatch.chdir(tmp_path)  # relative to the CSV, not to where the command runs
+    assert dataset.read_csv(Path("lists/data.csv")).equals(table)
 
 
 @pytest.mark.parametrize(
@@ -110,7 +99,8 @@ def test_csv_relative_path_does_not_depend_on_the_working_folder(tmp_path, monke
         ("path,label\na.nii,0\nb.nii,yes\n", ["row 3", "label 'yes'"]),
         ("a.nii,0\nb.nii,1\na.nii,0\n", ["row 3", "a.nii", "twice"]),
         ("a.nii,0\nsub/../a.nii,1\n", ["row 2", "sub/../a.nii", "twice"]),
-        ("a.nii,0\nb.nii,1,x\n", ["data.csv"]),
+        ("a.nii,0,1,2\n" * 3, ["two columns (path, label)", "header", "found 4"]),
+        ("a.nii,0\nb.nii,1,x\n", ["row 2: 3 cells, expected 2 in a row"]),
         ("~no-such-user-here/a.nii,0\nb.nii,1\n", ["row 1", "~no-such-user-here/a.nii"]),
     ],
 )
@@ -120,35 +110,12 @@ def test_csv_errors(tmp_path, text, words):
     assert all(word in str(error.value) for word in ["data.csv", *words]), error.value
 
 
-def test_csv_error_missing_folder_or_not_text(tmp_path):
-    with pytest.raises(InputError, match=r"none\.csv: no such"):
-        dataset.read_csv(tmp_path / "none.csv")
-    with pytest.raises(InputError, match="is a folder, expected a CSV"):
-        dataset.read_csv(tmp_path)
-    with pytest.raises(InputError, match="cannot be read as a CSV"):
+def test_csv_that_cannot_be_read_is_named(tmp_path):
+    for path, words in [(tmp_path / "none.csv", "no such CSV"), (tmp_path, "is a folder, expected a CSV")]:
+        with pytest.raises(InputError, match=f"^{path}: {words}$"):
+            dataset.read_csv(path)
+    with pytest.raises(InputError, match=r"data\.csv: cannot be read as a CSV"):
         read_text(tmp_path, "é.nii,0\n", encoding="latin-1")
-
-
-@pytest.mark.parametrize(
-    ("text", "words"),
-    [
-        ("a.nii,0\nb\0.nii,1\n", "line 2 has a NUL"),
-        ('a.nii,0\n"b.nii,1\nc.nii,0\n', "cannot be read as a CSV (unexpected end of data)"),
-        ('"a.nii"x,0\n', "cannot be read as a CSV"),
-        ("a.nii,0\n" + "b" * 2**16 + ",1\n", "line 2 has more than 65536 characters"),
-        ("a.nii,0,1,2\n" * 3, "expected two columns (path, label), or a header; found 4"),
-        ("a.nii,0\nb.nii,1,2\n", "row 2: 3 cells, expected 2 in a row"),
-        ("a.nii,0\n" + "b" * 300 + "/c.nii,1\n", None),
-    ],
-)
-def test_csv_nonsense(tmp_path, text, words):
-    if words is None:  # no file can have such a name: a matter of the scans
-        with pytest.raises(InputError, match=r"b/c\.nii: cannot be found \(File name too long\)"):
-            dataset.check_grid(read_text(tmp_path, text))
-        return
-    with pytest.raises(InputError) as error:
-        read_text(tmp_path, text)
-    assert f"{tmp_path / 'data.csv'}: {words}" in str(error.value)
 
 
 def test_csv_of_too_many_rows_or_bytes(tmp_path, monkeypatch):
@@ -163,12 +130,6 @@ def test_csv_of_too_many_rows_or_bytes(tmp_path, monkeypatch):
         read_text(tmp_path, text + "\n")
 
 
-def test_csv_that_is_a_pipe(tmp_path):
-    os.mkfifo(tmp_path / "data.csv")
-    with pytest.raises(InputError, match="is a pipe or a device, expected a CSV"):
-        dataset.read_csv(tmp_path / "data.csv")
-
-
 # The grid ----------------------------------------------------------------------------------------
 
 
@@ -177,6 +138,12 @@ def check(folder: Path, *extra: str) -> dataset.Grid:
     tiny_cohort(folder, 4)
     names = [*(f"{i}.nii" for i in range(4)), *extra]
     return dataset.check_grid(dataset.read_csv(write_csv(folder / "more.csv", [(n, 0) for n in names])))
+
+
+def refusal(folder: Path, *extra: str) -> str:
+    with pytest.raises(InputError) as error:
+        check(folder, *extra)
+    return str(error.value)
 
 
 def test_grid_is_the_scans(tmp_path):
@@ -203,79 +170,49 @@ def test_grid_of_a_first_scan_with_trailing_axis_is_3d(tmp_path):
     assert grid.shape == grid.header.get_data_shape() == TINY
 
 
-def break_scan(kind: str, folder: Path) -> str:
-    """Write a scan that is broken in one way; returns its name."""
-    name = f"{kind}.nii"
+BROKEN = {
+    "missing.nii": "no such file",
+    "folder.nii": "is a folder, expected a file",
+    "text.nii": "not a NIfTI image: it has no NIfTI header",
+    "analyze.img": "not a NIfTI image: expected a .nii or .nii.gz file",
+    "truncated.nii.gz": "cannot be read (Compressed file ended before the end-of-stream marker was reached)",
+    "volumes.nii": "expected one 3D volume, found shape (5, 6, 7, 2)",
+    "slice.nii": "expected one 3D volume, found shape (5, 6)",
+    "turned.nii": "shape (6, 5, 7), the first scan has (5, 6, 7)",
+    "moved.nii": "its affine differs from the first scan's",
+    "complex.nii": "expected real voxels, found complex64",
+    "constant.nii": "is constant (every voxel is 7)",
+    f"{'b' * 300}/c.nii": "cannot be found (File name too long)",
+}
+
+
+def write_broken(folder: Path) -> None:
+    """Write scans that are broken in one way each."""
     values = voxels(9, shape=TINY)
-    if kind == "folder":
-        (folder / name).mkdir()
-    elif kind == "text":
-        (folder / name).write_text("no image " * 100)
-    elif kind == "empty":
-        (folder / name).touch()
-    elif kind == "truncated":
-        name = "truncated.nii.gz"
-        whole = write_scan(folder / "whole.nii.gz", np.random.default_rng(0).random(TINY)).read_bytes()
-        (folder / name).write_bytes(whole[:60])
-    elif kind == "volumes":
-        write_scan(folder / name, np.stack([values, values], -1))
-    elif kind == "slice":
-        write_scan(folder / name, values[..., 0])
-    elif kind == "turned":
-        write_scan(folder / name, values.transpose(1, 0, 2))
-    elif kind == "moved":
-        write_scan(folder / name, values, AFFINE + np.eye(4, k=3))
-    elif kind == "complex":
-        write_scan(folder / name, values.astype(np.complex64))
-    elif kind == "singular":
-        path = write_scan(folder / name, values)
-        raw = bytearray(path.read_bytes())
-        raw[252:256] = np.array([0, 4], "<i2").tobytes()  # qform_code 0: the sform alone counts
-        raw[280:296] = bytes(16)  # srow_x
-        path.write_bytes(raw)
-    elif kind == "analyze":
-        name = "analyze.img"
-        nib.save(nib.Spm99AnalyzeImage(values, AFFINE), folder / name)
-    return name
+    (folder / "folder.nii").mkdir()
+    (folder / "text.nii").write_text("no image " * 100)
+    nib.save(nib.Spm99AnalyzeImage(values, AFFINE), folder / "analyze.img")
+    whole = write_scan(folder / "whole.nii.gz", np.random.default_rng(0).random(TINY)).read_bytes()
+    (folder / "truncated.nii.gz").write_bytes(whole[:60])
+    write_scan(folder / "volumes.nii", np.stack([values, values], -1))
+    write_scan(folder / "slice.nii", values[..., 0])
+    write_scan(folder / "turned.nii", values.transpose(1, 0, 2))
+    write_scan(folder / "moved.nii", values, AFFINE + np.eye(4, k=3))
+    write_scan(folder / "complex.nii", values.astype(np.complex64))
+    write_scan(folder / "constant.nii", np.full(TINY, 7, np.int16))
 
 
-@pytest.mark.parametrize(
-    ("kind", "words"),
-    [
-        ("missing", ["no such file"]),
-        ("folder", ["is a folder"]),
-        ("text", ["not a NIfTI image"]),
-        ("empty", ["not a NIfTI image"]),
-        ("truncated", ["cannot be read", "ended"]),
-        ("analyze", ["not a NIfTI image", ".nii.gz"]),
-        ("volumes", ["one 3D volume", "(5, 6, 7, 2)"]),
-        ("slice", ["one 3D volume", "(5, 6)"]),
-        ("turned", ["shape (6, 5, 7)", "first scan", "(5, 6, 7)"]),
-        ("moved", ["affine differs"]),
-        ("complex", ["real voxels", "complex64"]),
-        ("singular", ["affine is singular"]),
-    ],
-)
-def test_grid_errors(tmp_path, kind, words):
-    name = break_scan(kind, tmp_path)
-    with pytest.raises(InputError) as error:
-        check(tmp_path, name)
-    assert all(word in str(error.value) for word in ["1 of 5", name, *words]), error.value
+def test_bad_scans_are_all_named_at_once_with_what_is_wrong(tmp_path):
+    write_broken(tmp_path)
+    lines = [f"{name}: {words}" for name, words in BROKEN.items()]
+    assert refusal(tmp_path, *BROKEN) == f"12 of 16 scans cannot be used: {'; '.join(lines)}"
 
 
-def test_grid_lists_all_bad_scans_at_once(tmp_path):
-    names = [break_scan(kind, tmp_path) for kind in ("missing", "text", "turned", "moved", "complex")]
-    with pytest.raises(InputError) as error:
-        check(tmp_path, *names)
-    assert all(name in str(error.value) for name in ["5 of 9", *names])
-
-
-def test_grid_shortens_a_long_list(tmp_path):
-    with pytest.raises(InputError) as error:
-        check(tmp_path, *(f"gone{i}.nii" for i in range(25)))
-    assert str(error.value).startswith("25 of 29 scans")
-    assert str(error.value).count("no such file") == 20
-    assert "5 more" in str(error.value)
+def test_a_long_list_of_bad_scans_is_shortened(tmp_path):
+    message = refusal(tmp_path, *(f"gone{i}.nii" for i in range(25)))
+    assert message.startswith("25 of 29 scans")
+    assert message.count("no such file") == 20
+    assert message.endswith(" (and 5 more)")
 
 
 # One scan ----------------------------------------------------------------------------------------
@@ -301,32 +238,26 @@ def test_scaling_ends_exactly_at_0_and_1(tmp_path, low, spread):
     assert (scan.min(), scan.max()) == (0, 1)
 
 
-@pytest.mark.parametrize(("low", "high"), [(-3e38, 3e38), (0, 1e-39), (0, 1e-45)])
+@pytest.mark.parametrize(("low", "high"), [(-3e38, 3e38), (0, 1e-39), (0, 1e-45), (1e38, 3e38)])
 def test_scaling_of_extreme_ranges_is_right_or_refused(tmp_path, low, high):
     values = np.full(TINY, low, np.float32)
     values[0] = high
-    try:
-        scan = dataset.read_scan(write_scan(tmp_path / "a.nii", values))
-    except InputError:
-        return
-    assert np.array_equal(scan, values == np.float32(high))
+    path = write_scan(tmp_path / "a.nii", values)
+    if low < 0:  # their difference has no float32
+        with pytest.raises(InputError, match=r"has voxels from -3e\+38 to 3e\+38, too far apart for float32"):
+            dataset.read_scan(path)
+    else:
+        assert np.array_equal(dataset.read_scan(path), values == np.float32(high))
 
 
-def test_slope_and_intercept_are_honoured(tmp_path):
+def test_slope_drops_out_and_its_sign_does_not(tmp_path):
     raw = voxels(3, shape=TINY)
-    path = write_scan(tmp_path / "a.nii", raw)
+    path = write_scan(tmp_path / "a.nii", raw[..., None])  # a trailing axis is dropped
     content = bytearray(path.read_bytes())
     content[112:120] = np.array([-0.5, 300], "<f4").tobytes()  # scl_slope, scl_inter
     path.write_bytes(content)
-    # a negative slope turns black into white; scl_inter drops out
     upside_down = (raw.max() - raw) / np.float64(raw.max() - raw.min())
-    assert np.allclose(dataset.read_scan(path), upside_down, rtol=0, atol=1e-6)
-
-
-def test_trailing_axis_is_dropped(tmp_path):
-    values = voxels(3, shape=TINY)
-    flat = dataset.read_scan(write_scan(tmp_path / "a.nii", values))
-    assert np.array_equal(dataset.read_scan(write_scan(tmp_path / "b.nii", values[..., None])), flat)
+    assert np.allclose(dataset.read_scan(path), upside_down, rtol=0, atol=1e-6)  # a few roundings of float32
 
 
 def test_reading_leaves_the_file_alone(tmp_path):
@@ -336,18 +267,16 @@ def test_reading_leaves_the_file_alone(tmp_path):
     assert path.read_bytes() == before
 
 
-@pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
-def test_voxels_that_are_not_finite(tmp_path, value):
+@pytest.mark.parametrize(
+    ("value", "everywhere", "words"),
+    [*((value, False, "NaN or infinite") for value in (np.nan, np.inf, -np.inf)),
+     (0, True, r"is constant \(every voxel is 0\)"), (7, True, r"is constant \(every voxel is 7\)")],
+)  # fmt: skip
+def test_voxels_that_cannot_be_scaled(tmp_path, value, everywhere, words):
     values = voxels(3, shape=TINY).astype(np.float32)
-    values[1, 2, 3] = value
-    with pytest.raises(InputError, match="NaN or infinite"):
+    values[(...,) if everywhere else (1, 2, 3)] = value
+    with pytest.raises(InputError, match=words):
         dataset.read_scan(write_scan(tmp_path / "a.nii", values))
-
-
-@pytest.mark.parametrize("value", [0, 7])
-def test_constant_scan(tmp_path, value):
-    with pytest.raises(InputError, match=f"constant.*{value}"):
-        dataset.read_scan(write_scan(tmp_path / "a.nii", np.full(TINY, value, np.int16)))
 
 
 @pytest.mark.parametrize("name", ["a.nii.gz", "a.nii"])
@@ -359,225 +288,64 @@ def test_truncated_scan(tmp_path, name):
         dataset.read_scan(path)
 
 
-# All scans, and caches ---------------------------------------------------------------------------
+# The cohort --------------------------------------------------------------------------------------
 
 
-def opened(csv: Path, cache: str, folder: Path) -> dataset.Scans:
+def test_new_cohort(tmp_path):
+    csv = tiny_cohort(tmp_path, 20)
+    cohort = dataset.new_cohort(csv, 4, "stratified", 0.3, 1)
     table = dataset.read_csv(csv)
-    return dataset.open_scans(table, dataset.check_grid(table), cache, folder, workers=2)
+    assert (cohort.csv, cohort.k, cohort.grid.shape) == (csv, 4, TINY)
+    assert cohort.table.equals(table)
+    assert cohort.folds.equals(dataset.make_folds(table, 4, "stratified", 0.3, 1))
+    for role, scans in by_role(cohort.folds, 2).items():
+        numbers = cohort.scan_indices(2, role)
+        assert numbers == sorted(numbers)
+        assert [table["path"][i] for i in numbers] == list(scans["path"])
+        assert cohort.labels(2, role).tolist() == list(scans["label"])
 
 
-def stored(folder: Path) -> list[Path]:
-    return [path for path in folder.glob("*") if not path.name.startswith(".")]
+def test_identity_of_a_cohort(tmp_path):
+    """CSV, folds and grid to the byte; of the scans, samples, wherever they lie."""
+    csv = tiny_cohort(tmp_path / "a", 10)
+    first = dataset.new_cohort(csv, 2, "stratified", 0.4, 1)
+    folds = first.folds.to_csv(index=False).encode()
+    assert first.identity == {
+        "csv_sha256": storage.file_sha256(csv),
+        "scans_sha256": first.identity["scans_sha256"],
+        "folds_sha256": hashlib.sha256(folds).hexdigest(),
+        "grid": {"shape": list(TINY), "affine": AFFINE.tolist()},
+    }
 
+    def differing(csv: Path, seed: int = 1) -> set[str]:
+        found = dataset.new_cohort(csv, 2, "stratified", 0.4, seed).identity
+        return {name for name in found if found[name] != first.identity[name]}
 
-def stacked(scans: dataset.Scans) -> torch.Tensor:
-    return torch.stack([scans[i][0] for i in range(len(scans))])
-
-
-@pytest.mark.parametrize("cache", ["ram", "disk", "none", "auto"])
-def test_caches_hold_the_same_tensors(tmp_path, cache):
-    scans = opened(tiny_cohort(tmp_path), cache, tmp_path / "cache")
-    expected = np.stack([dataset.read_scan(tmp_path / f"{i}.nii") for i in range(6)])[:, None]
-    for _ in range(2):
-        volumes = stacked(scans)
-        assert volumes.dtype == torch.float32
-        assert np.array_equal(volumes.numpy(), expected)
-        batch, _ = next(iter(dataset.loader(scans, [0, 1], 2, workers=0)))
-        batch.zero_()  # a consumer of batches that writes must not reach the cache
-    assert [scans[i][1] for i in range(len(scans))] == [0, 1] * 3
-    assert (len(stored(tmp_path / "cache")) == 1) == (cache == "disk")
-    if cache != "none":  # handed out as it lies there
-        assert np.shares_memory(scans[2][0].numpy(), scans[2][0].numpy())
-
-
-def test_writing_to_a_scan_does_not_reach_the_file(tmp_path):
-    scans = opened(tiny_cohort(tmp_path), "disk", tmp_path / "cache")
-    (file,) = stored(tmp_path / "cache")
-    before = file.read_bytes()
-    scans[0][0].zero_()
-    del scans
-    assert file.read_bytes() == before
+    assert differing(csv, seed=2) == {"folds_sha256"}
+    moved = Path(shutil.copytree(tmp_path / "a", tmp_path / "b")) / "data.csv"
+    assert differing(moved) == set()
+    write_scan(moved.parent / "3.nii", voxels(99, shape=TINY))
+    assert differing(moved) == {"scans_sha256"}
+    moved.write_text(moved.read_text() + "\n")
+    assert differing(moved) == {"csv_sha256", "scans_sha256"}
 
 
 def test_mean_of_scans(tmp_path):
-    scans = opened(tiny_cohort(tmp_path), "none", tmp_path / "cache")
+    scans = dataset.ScanDataset(cohort_of(tiny_cohort(tmp_path)).table)
     wanted = np.mean([dataset.read_scan(tmp_path / f"{i}.nii") for i in (1, 4, 5)], axis=0, dtype=np.float64)
     assert scans.mean([1, 4, 5]).dtype == np.float32
     assert np.allclose(scans.mean([1, 4, 5]), wanted, rtol=0, atol=6e-8)  # half a unit of float32 near 1
 
 
-def replace_scan(path: Path, seed: int, keep_time: bool) -> None:
-    status = path.stat()
-    write_scan(path, voxels(seed, shape=TINY))
-    shift = 0 if keep_time else 1_000_000_000
-    os.utime(path, ns=(status.st_atime_ns, status.st_mtime_ns + shift))
-
-
-def test_disk_cache_is_reused_and_rebuilt_when_a_scan_changes(tmp_path):
-    csv = tiny_cohort(tmp_path)
-    first = stacked(opened(csv, "disk", tmp_path / "cache"))
-    replace_scan(tmp_path / "2.nii", 77, keep_time=True)
-    assert torch.equal(stacked(opened(csv, "disk", tmp_path / "cache")), first)  # not decoded again
-    assert torch.equal(stacked(opened(csv, "auto", tmp_path / "cache")), first)
-    replace_scan(tmp_path / "2.nii", 78, keep_time=False)
-    rebuilt = stacked(opened(csv, "disk", tmp_path / "cache"))
-    assert np.array_equal(rebuilt[2, 0].numpy(), dataset.read_scan(tmp_path / "2.nii"))
-    assert torch.equal(rebuilt[[0, 1, 3, 4, 5]], first[[0, 1, 3, 4, 5]])
-
-
-def test_disk_cache_follows_size_order_and_number_of_scans(tmp_path):
-    csv = tiny_cohort(tmp_path)
-    first = stacked(opened(csv, "disk", tmp_path / "cache"))
-    backwards = write_csv(tmp_path / "back.csv", [(f"{i}.nii", i % 2) for i in range(5, -1, -1)])
-    assert torch.equal(stacked(opened(backwards, "disk", tmp_path / "cache")), first.flip(0))
-    fewer = write_csv(tmp_path / "fewer.csv", [("1.nii", 1), ("0.nii", 0)])
-    assert torch.equal(stacked(opened(fewer, "disk", tmp_path / "cache")), first[[1, 0]])
-    status = (tmp_path / "2.nii").stat()
-    write_scan(tmp_path / "2.nii", voxels(5, shape=TINY).astype(np.float32))
-    os.utime(tmp_path / "2.nii", ns=(status.st_atime_ns, status.st_mtime_ns))
-    assert torch.equal(stacked(opened(csv, "disk", tmp_path / "cache"))[2], first[5])
-
-
-def test_disk_cache_of_a_crash_is_ignored(tmp_path, monkeypatch):
-    csv, cache = tiny_cohort(tmp_path), tmp_path / "cache"
-    expected = stacked(opened(csv, "none", cache))
-
-    def crash(file: Path) -> np.ndarray:
-        raise KeyboardInterrupt
-
-    with monkeypatch.context() as patch:
-        patch.setattr(dataset, "read_scan", crash)
-        with pytest.raises(KeyboardInterrupt):
-            opened(csv, "disk", cache)
-    assert stored(cache) == []
-    assert torch.equal(stacked(opened(csv, "disk", cache)), expected)
-    (whole,) = stored(cache)
-    partial = cache / f".partial-{whole.name}"
-    partial.write_bytes(bytes(whole.stat().st_size))  # a killed process' leftover
-    former = cache / "scans-0123456789abcdef.float32"  # of scans as they were
-    former.write_bytes(bytes(whole.stat().st_size))
-    whole.write_bytes(whole.read_bytes()[:-4])  # and a disk that ran full
-    assert torch.equal(stacked(opened(csv, "disk", cache)), expected)
-    assert [file.name for file in cache.iterdir()] == [whole.name]
-
-
-def test_disk_cache_goes_to_another_process_by_name(tmp_path):
-    scans = opened(tiny_cohort(tmp_path), "disk", tmp_path / "cache")
+@pytest.mark.parametrize("kind", ["disk", "ram", "none"])
+def test_scans_go_to_another_process(tmp_path, kind):
+    """Those of a disk cache by its name, not as a copy."""
+    scans = cohort_of(tiny_cohort(tmp_path)).open_scans(Cache(kind, tmp_path / "cache"))
     packed = pickle.dumps(scans)
-    assert len(packed) < 10_000
-    assert torch.equal(stacked(pickle.loads(packed)), stacked(scans))
-
-
-def test_bad_scans_are_all_named_and_no_cache_stays(tmp_path):
-    csv = tiny_cohort(tmp_path)
-    write_scan(tmp_path / "1.nii", np.full(TINY, 3, np.int16))
-    write_scan(tmp_path / "4.nii", np.full(TINY, np.nan, np.float32))
-    for cache in ("ram", "disk", "none"):
-        with pytest.raises(InputError) as error:
-            opened(csv, cache, tmp_path / "cache")
-        words = ["2 of 6", "1.nii: is constant (every voxel is 3)", "4.nii: has voxels that are NaN"]
-        assert all(word in str(error.value) for word in words), error.value
-    assert not (tmp_path / "cache").exists() or not list((tmp_path / "cache").iterdir())
-
-
-@pytest.mark.parametrize(
-    ("memory", "disk", "expected"),
-    [(200, 0, "ram"), (199, 200, "disk"), (199, 199, "none"), (10**6, 10**6, "ram")],
-)
-def test_cache_takes_at_most_half_of_memory_or_disk(tmp_path, monkeypatch, memory, disk, expected):
-    monkeypatch.setattr("memory.available", lambda: memory)
-    monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=disk))
-    assert dataset.choose_cache(100, tmp_path / "not" / "there" / "yet") == expected
-
-
-@pytest.mark.parametrize(("memory", "disk", "expected"), [(200, 200, "disk"), (200, 199, "ram")])
-def test_jobs_that_share_scans_prefer_the_disk(tmp_path, monkeypatch, memory, disk, expected):
-    monkeypatch.setattr("memory.available", lambda: memory)
-    monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=disk))
-    assert dataset.choose_cache(100, tmp_path, shared=True) == expected
-
-
-GPU = torch.device("cuda", 0)
-
-
-@pytest.mark.parametrize(
-    ("free", "need", "fits"), [(200, 0, True), (199, 0, False), (300, 200, True), (300, 201, False)]
-)
-def test_gpu_cache_takes_at_most_half_and_leaves_what_a_network_needs(monkeypatch, free, need, fits):
-    monkeypatch.setattr("devices.free_memory", lambda device: free)
-    assert dataset.fits_on_gpu(100, GPU, need) == fits
-    assert not dataset.fits_on_gpu(0, torch.device("cpu"), 0)
-
-
-def test_gpu_cache_that_cannot_be(tmp_path, monkeypatch):
-    table = dataset.read_csv(tiny_cohort(tmp_path))
-    grid = dataset.check_grid(table)
-    with pytest.raises(InputError, match="--cache gpu: the device is cpu, expected a GPU of CUDA"):
-        dataset.open_scans(table, grid, "gpu", tmp_path / "cache", 2)
-    monkeypatch.setattr("devices.free_memory", lambda device: 5 * 10**3)
-    with pytest.raises(InputError, match=r"the scans take 0\.0 GB, cuda:0 has 0\.0 GB free"):
-        dataset.open_scans(table, grid, "gpu", tmp_path / "cache", 2, GPU)
-
-
-@pytest.mark.parametrize("cache", ["gpu", "auto"])
-def test_scans_kept_on_a_gpu_are_batches_there(tmp_path, monkeypatch, cache):
-    """Decoded by threads into one tensor there; batches are put together there, too."""
-    csv = tiny_cohort(tmp_path)
-    monkeypatch.setattr("devices.free_memory", lambda device: 10**6)
-    with StandIn("cuda") as standin:
-        table = dataset.read_csv(csv)
-        scans = dataset.open_scans(
-            table, dataset.check_grid(table), cache, tmp_path / "cache", 2, standin.device
-        )
-        batches = dataset.loader(scans, [4, 0, 3], 2, 2, device=standin.device)
-        found = [(volume, label) for volume, label in batches]
-        assert all(volume.device == standin.device for volume, _ in found)
-        volumes = torch.cat([volume.cpu() for volume, _ in found])
-    expected = np.stack([dataset.read_scan(tmp_path / f"{i}.nii") for i in (4, 0, 3)])[:, None]
-    assert np.array_equal(volumes.numpy(), expected)
-    assert [label.tolist() for _, label in found] == [[0, 0], [1]]
-
-
-@pytest.mark.parametrize("cache", ["ram", "disk", "none"])
-@pytest.mark.parametrize("seed", [None, 3])
-def test_threads_that_read_ahead_give_what_a_loader_gives(tmp_path, cache, seed):
-    """The same batches in the same order, epoch after epoch, whatever the number of threads."""
-    scans = opened(tiny_cohort(tmp_path), cache, tmp_path / "cache")
-    plain = dataset.loader(scans, [5, 0, 3, 2, 1], 2, workers=0, seed=seed)
-    ahead = dataset.loader(scans, [5, 0, 3, 2, 1], 2, workers=3, seed=seed, device=GPU)
-    assert isinstance(ahead, dataset.ReadAhead)
-    assert ahead.device == GPU
-    ahead.device = dataset.CPU  # there may be no GPU to pin memory for
-    assert len(ahead) == len(plain) == 3
-    assert len(ahead.dataset) == len(plain.dataset) == 5  # type: ignore[arg-type]
-    for _ in range(3):
-        for (volume, label), (wanted, right) in zip(ahead, plain, strict=True):
-            assert torch.equal(volume, wanted)
-            assert torch.equal(label, right)
-            assert label.dtype == torch.int64
-    if seed is not None:  # what a resumed run restores
-        assert torch.equal(ahead.generator.get_state(), plain.generator.get_state())
-
-
-def test_threads_that_read_ahead_hand_on_what_goes_wrong(tmp_path):
-    csv = tiny_cohort(tmp_path)
-    table = dataset.read_csv(csv)
-    scans = dataset.Scans(table)
-    (tmp_path / "3.nii").unlink()
-    ahead = dataset.loader(scans, list(range(6)), 2, workers=2, device=GPU)
-    ahead.device = dataset.CPU
-    batches = iter(ahead)
-    next(batches)
-    with pytest.raises(InputError, match=r"3\.nii"):
-        next(batches)
-
-
-def test_auto_cache_goes_to_disk_where_memory_is_short(tmp_path, monkeypatch):
-    monkeypatch.setattr("memory.available", lambda: 1000)
-    scans = opened(tiny_cohort(tmp_path), "auto", tmp_path / "cache")
-    assert stored(tmp_path / "cache")[0].stat().st_size == 4 * 6 * 5 * 6 * 7
-    assert not scans.in_memory
+    assert (len(packed) < 4 * 6 * np.prod(TINY)) == (kind != "ram")
+    there = pickle.loads(packed)
+    assert there.in_memory == scans.in_memory
+    assert np.array_equal(stacked(there), stacked(scans))
 
 
 # Folds -------------------------------------------------------------------------------------------
@@ -727,15 +495,6 @@ def test_validation_and_training_hold_both_labels_or_the_split_is_refused(fracti
     with contextlib.suppress(InputError):
         folds = dataset.make_folds(table, 3, "stratified", fraction, seed=0)
         assert (folds.groupby(["fold", "role"])["label"].nunique() == 2).all()
-
-
-def test_rows_of_a_role():
-    table = cohort_table([f"s{i}" for i in range(20)], [0, 1] * 10)
-    folds = dataset.make_folds(table, 4, "stratified", 0.3, seed=0)
-    for role, scans in by_role(folds, 2).items():
-        numbers = dataset.rows(folds, 2, role)
-        assert numbers == sorted(numbers)
-        assert [table["path"][i] for i in numbers] == list(scans["path"])
 
 
 def test_scans_written_by_the_helpers_are_as_announced(tmp_path):

@@ -165,7 +165,7 @@ class ResultFolder:
         storage.remove(self.path, self._overwritten())
         kept = self._kept(found)
         missing = [part for part in chosen if part not in kept]
-        struck = [*missing, SUMMARY] if missing else []
+        struck = [*missing, SUMMARY] if missing or SUMMARY not in kept else []
         record = {"versions": storage.package_versions(), **found, **about, **self.identity}
         # other processes' parts stay, even if they were made from what this one has not seen yet
         record[FINISHED] = [part for part in self._named(found) if part not in struck]

@@ -82,6 +82,17 @@ def tiny_cohort(folder: Path, n: int = 6, shape: tuple[int, ...] = (5, 6, 7)) ->
     return write_csv(folder / "data.csv", [(f"{i}.nii", i % 2) for i in range(n)])
 
 
+def cohort_of(csv: Path) -> dataset.Cohort:
+    """The scans of a CSV, for tests that ask for no folds."""
+    table = dataset.read_csv(csv)
+    return dataset.Cohort(csv, table, dataset.check_grid(table), pd.DataFrame(), 0)
+
+
+def stacked(scans: dataset.ScanDataset) -> torch.Tensor:
+    """All scans, float32 (N, 1, X, Y, Z)."""
+    return torch.stack([scans[i][0] for i in range(len(scans))])
+
+
 def read_nifti(path: Path) -> nib.Nifti1Image:
     """Open a NIfTI-1 or NIfTI-2 file, whichever it is."""
     image = nib.load(path)

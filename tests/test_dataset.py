@@ -1,7 +1,8 @@
-"""dataset.py: the CSV, the checks of scans, scaling and folds."""
+"""dataset.py: the CSV, the checks of scans, scaling, the cohort and its folds."""
 
 import contextlib
-import os
+import hashlib
+import pickle
 import shutil
 from pathlib import Path
 
@@ -9,11 +10,13 @@ import nibabel as nib
 import numpy as np
 import pandas as pd
 import pytest
-from cohorts import AFFINE, read_nifti, tiny_cohort, voxels, write_csv, write_scan
+from cohorts import AFFINE, cohort_of, read_nifti, stacked, tiny_cohort, voxels, write_csv, write_scan
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import dataset
+from internals import storage
+from internals.caches import Cache
 from internals.errors import InputError
 
 TINY = (5, 6, 7)
@@ -58,26 +61,16 @@ def test_csv_forms(tmp_path, text, expected, encoding):
     assert list(table.index) == [0, 1]
 
 
-def test_csv_quoted_comma_and_unicode(tmp_path):
-    table = read_text(tmp_path, '"a, b.nii",0\nsüß/é.nii,1\n')
-    assert list(table["path"]) == ["a, b.nii", "süß/é.nii"]
-    assert table["file"][0] == tmp_path / "a, b.nii"
-
-
-def test_csv_paths_absolute_home_and_parent(tmp_path, monkeypatch):
+def test_csv_paths(tmp_path, monkeypatch):
     monkeypatch.setenv("HOME", str(tmp_path / "home"))
     (tmp_path / "lists").mkdir()
-    table = read_text(tmp_path / "lists", "/data/a.nii,0\n~/b.nii,1\n../c.nii,1\n")
-    assert list(table["path"]) == ["/data/a.nii", "~/b.nii", "../c.nii"]
-    assert list(table["file"]) == [Path("/data/a.nii"), tmp_path / "home/b.nii", tmp_path / "c.nii"]
-
-
-def test_csv_relative_path_does_not_depend_on_the_working_folder(tmp_path, monkeypatch):
-    write_csv(tmp_path / "data.csv", [("a.nii", 0), ("b.nii", 1)])
-    monkeypatch.chdir(tmp_path)
-    from_inside = dataset.read_csv(Path("data.csv"))
-    monkeypatch.chdir("/")
-    assert dataset.read_csv(tmp_path / "data.csv").equals(from_inside)
+    text = '/data/a.nii,0\n~/b.nii,1\n../c.nii,1\n"d, e.nii",0\nsüß/é.nii,1\n'
+    table = read_text(tmp_path / "lists", text)
+    assert list(table["path"]) == ["/data/a.nii", "~/b.nii", "../c.nii", "d, e.nii", "süß/é.nii"]
+    places = ["home/b.nii", "c.nii", "lists/d, e.nii", "lists/süß/é.nii"]
+    assert list(table["file"]) == [Path("/data/a.nii"), *(tmp_path / place for place in places)]
+    monkeypatch.chdir(tmp_path)  # relative to the CSV, not to where the command runs
+    assert dataset.read_csv(Path("lists/data.csv")).equals(table)
 
 
 @pytest.mark.parametrize(
@@ -106,7 +99,8 @@ def test_csv_relative_path_does_not_depend_on_the_working_folder(tmp_path, monke
         ("path,label\na.nii,0\nb.nii,yes\n", ["row 3", "label 'yes'"]),
         ("a.nii,0\nb.nii,1\na.nii,0\n", ["row 3", "a.nii", "twice"]),
         ("a.nii,0\nsub/../a.nii,1\n", ["row 2", "sub/../a.nii", "twice"]),
-        ("a.nii,0\nb.nii,1,x\n", ["data.csv"]),
+        ("a.nii,0,1,2\n" * 3, ["two columns (path, label)", "header", "found 4"]),
+        ("a.nii,0\nb.nii,1,x\n", ["row 2: 3 cells, expected 2 in a row"]),
         ("~no-such-user-here/a.nii,0\nb.nii,1\n", ["row 1", "~no-such-user-here/a.nii"]),
     ],
 )
@@ -116,35 +110,12 @@ def test_csv_errors(tmp_path, text, words):
     assert all(word in str(error.value) for word in ["data.csv", *words]), error.value
 
 
-def test_csv_error_missing_folder_or_not_text(tmp_path):
-    with pytest.raises(InputError, match=r"none\.csv: no such"):
-        dataset.read_csv(tmp_path / "none.csv")
-    with pytest.raises(InputError, match="is a folder, expected a CSV"):
-        dataset.read_csv(tmp_path)
-    with pytest.raises(InputError, match="cannot be read as a CSV"):
+def test_csv_that_cannot_be_read_is_named(tmp_path):
+    for path, words in [(tmp_path / "none.csv", "no such CSV"), (tmp_path, "is a folder, expected a CSV")]:
+        with pytest.raises(InputError, match=f"^{path}: {words}$"):
+            dataset.read_csv(path)
+    with pytest.raises(InputError, match=r"data\.csv: cannot be read as a CSV"):
         read_text(tmp_path, "é.nii,0\n", encoding="latin-1")
-
-
-@pytest.mark.parametrize(
-    ("text", "words"),
-    [
-        ("a.nii,0\nb\0.nii,1\n", "line 2 has a NUL"),
-        ('a.nii,0\n"b.nii,1\nc.nii,0\n', "cannot be read as a CSV (unexpected end of data)"),
-        ('"a.nii"x,0\n', "cannot be read as a CSV"),
-        ("a.nii,0\n" + "b" * 2**16 + ",1\n", "line 2 has more than 65536 characters"),
-        ("a.nii,0,1,2\n" * 3, "expected two columns (path, label), or a header; found 4"),
-        ("a.nii,0\nb.nii,1,2\n", "row 2: 3 cells, expected 2 in a row"),
-        ("a.nii,0\n" + "b" * 300 + "/c.nii,1\n", None),
-    ],
-)
-def test_csv_nonsense(tmp_path, text, words):
-    if words is None:  # no file can have such a name: a matter of the scans
-        with pytest.raises(InputError, match=r"b/c\.nii: cannot be found \(File name too long\)"):
-            dataset.check_grid(read_text(tmp_path, text))
-        return
-    with pytest.raises(InputError) as error:
-        read_text(tmp_path, text)
-    assert f"{tmp_path / 'data.csv'}: {words}" in str(error.value)
 
 
 def test_csv_of_too_many_rows_or_bytes(tmp_path, monkeypatch):
@@ -159,12 +130,6 @@ def test_csv_of_too_many_rows_or_bytes(tmp_path, monkeypatch):
         read_text(tmp_path, text + "\n")
 
 
-def test_csv_that_is_a_pipe(tmp_path):
-    os.mkfifo(tmp_path / "data.csv")
-    with pytest.raises(InputError, match="is a pipe or a device, expected a CSV"):
-        dataset.read_csv(tmp_path / "data.csv")
-
-
 # The grid ----------------------------------------------------------------------------------------
 
 
@@ -173,6 +138,12 @@ def check(folder: Path, *extra: str) -> dataset.Grid:
     tiny_cohort(folder, 4)
     names = [*(f"{i}.nii" for i in range(4)), *extra]
     return dataset.check_grid(dataset.read_csv(write_csv(folder / "more.csv", [(n, 0) for n in names])))
+
+
+def refusal(folder: Path, *extra: str) -> str:
+    with pytest.raises(InputError) as error:
+        check(folder, *extra)
+    return str(error.value)
 
 
 def test_grid_is_the_scans(tmp_path):
@@ -199,79 +170,49 @@ def test_grid_of_a_first_scan_with_trailing_axis_is_3d(tmp_path):
     assert grid.shape == grid.header.get_data_shape() == TINY
 
 
-def break_scan(kind: str, folder: Path) -> str:
-    """Write a scan that is broken in one way; returns its name."""
-    name = f"{kind}.nii"
+BROKEN = {
+    "missing.nii": "no such file",
+    "folder.nii": "is a folder, expected a file",
+    "text.nii": "not a NIfTI image: it has no NIfTI header",
+    "analyze.img": "not a NIfTI image: expected a .nii or .nii.gz file",
+    "truncated.nii.gz": "cannot be read (Compressed file ended before the end-of-stream marker was reached)",
+    "volumes.nii": "expected one 3D volume, found shape (5, 6, 7, 2)",
+    "slice.nii": "expected one 3D volume, found shape (5, 6)",
+    "turned.nii": "shape (6, 5, 7), the first scan has (5, 6, 7)",
+    "moved.nii": "its affine differs from the first scan's",
+    "complex.nii": "expected real voxels, found complex64",
+    "constant.nii": "is constant (every voxel is 7)",
+    f"{'b' * 300}/c.nii": "cannot be found (File name too long)",
+}
+
+
+def write_broken(folder: Path) -> None:
+    """Write scans that are broken in one way each."""
     values = voxels(9, shape=TINY)
-    if kind == "folder":
-        (folder / name).mkdir()
-    elif kind == "text":
-        (folder / name).write_text("no image " * 100)
-    elif kind == "empty":
-        (folder / name).touch()
-    elif kind == "truncated":
-        name = "truncated.nii.gz"
-        whole = write_scan(folder / "whole.nii.gz", np.random.default_rng(0).random(TINY)).read_bytes()
-        (folder / name).write_bytes(whole[:60])
-    elif kind == "volumes":
-        write_scan(folder / name, np.stack([values, values], -1))
-    elif kind == "slice":
-        write_scan(folder / name, values[..., 0])
-    elif kind == "turned":
-        write_scan(folder / name, values.transpose(1, 0, 2))
-    elif kind == "moved":
-        write_scan(folder / name, values, AFFINE + np.eye(4, k=3))
-    elif kind == "complex":
-        write_scan(folder / name, values.astype(np.complex64))
-    elif kind == "singular":
-        path = write_scan(folder / name, values)
-        raw = bytearray(path.read_bytes())
-        raw[252:256] = np.array([0, 4], "<i2").tobytes()  # qform_code 0: the sform alone counts
-        raw[280:296] = bytes(16)  # srow_x
-        path.write_bytes(raw)
-    elif kind == "analyze":
-        name = "analyze.img"
-        nib.save(nib.Spm99AnalyzeImage(values, AFFINE), folder / name)
-    return name
+    (folder / "folder.nii").mkdir()
+    (folder / "text.nii").write_text("no image " * 100)
+    nib.save(nib.Spm99AnalyzeImage(values, AFFINE), folder / "analyze.img")
+    whole = write_scan(folder / "whole.nii.gz", np.random.default_rng(0).random(TINY)).read_bytes()
+    (folder / "truncated.nii.gz").write_bytes(whole[:60])
+    write_scan(folder / "volumes.nii", np.stack([values, values], -1))
+    write_scan(folder / "slice.nii", values[..., 0])
+    write_scan(folder / "turned.nii", values.transpose(1, 0, 2))
+    write_scan(folder / "moved.nii", values, AFFINE + np.eye(4, k=3))
+    write_scan(folder / "complex.nii", values.astype(np.complex64))
+    write_scan(folder / "constant.nii", np.full(TINY, 7, np.int16))
 
 
-@pytest.mark.parametrize(
-    ("kind", "words"),
-    [
-        ("missing", ["no such file"]),
-        ("folder", ["is a folder"]),
-        ("text", ["not a NIfTI image"]),
-        ("empty", ["not a NIfTI image"]),
-        ("truncated", ["cannot be read", "ended"]),
-        ("analyze", ["not a NIfTI image", ".nii.gz"]),
-        ("volumes", ["one 3D volume", "(5, 6, 7, 2)"]),
-        ("slice", ["one 3D volume", "(5, 6)"]),
-        ("turned", ["shape (6, 5, 7)", "first scan", "(5, 6, 7)"]),
-        ("moved", ["affine differs"]),
-        ("complex", ["real voxels", "complex64"]),
-        ("singular", ["affine is singular"]),
-    ],
-)
-def test_grid_errors(tmp_path, kind, words):
-    name = break_scan(kind, tmp_path)
-    with pytest.raises(InputError) as error:
-        check(tmp_path, name)
-    assert all(word in str(error.value) for word in ["1 of 5", name, *words]), error.value
+def test_bad_scans_are_all_named_at_once_with_what_is_wrong(tmp_path):
+    write_broken(tmp_path)
+    lines = [f"{name}: {words}" for name, words in BROKEN.items()]
+    assert refusal(tmp_path, *BROKEN) == f"12 of 16 scans cannot be used: {'; '.join(lines)}"
 
 
-def test_grid_lists_all_bad_scans_at_once(tmp_path):
-    names = [break_scan(kind, tmp_path) for kind in ("missing", "text", "turned", "moved", "complex")]
-    with pytest.raises(InputError) as error:
-        check(tmp_path, *names)
-    assert all(name in str(error.value) for name in ["5 of 9", *names])
-
-
-def test_grid_shortens_a_long_list(tmp_path):
-    with pytest.raises(InputError) as error:
-        check(tmp_path, *(f"gone{i}.nii" for i in range(25)))
-    assert str(error.value).startswith("25 of 29 scans")
-    assert str(error.value).count("no such file") == 20
-    assert "5 more" in str(error.value)
+def test_a_long_list_of_bad_scans_is_shortened(tmp_path):
+    message = refusal(tmp_path, *(f"gone{i}.nii" for i in range(25)))
+    assert message.startswith("25 of 29 scans")
+    assert message.count("no such file") == 20
+    assert message.endswith(" (and 5 more)")
 
 
 # One scan ----------------------------------------------------------------------------------------
@@ -297,32 +238,26 @@ def test_scaling_ends_exactly_at_0_and_1(tmp_path, low, spread):
     assert (scan.min(), scan.max()) == (0, 1)
 
 
-@pytest.mark.parametrize(("low", "high"), [(-3e38, 3e38), (0, 1e-39), (0, 1e-45)])
+@pytest.mark.parametrize(("low", "high"), [(-3e38, 3e38), (0, 1e-39), (0, 1e-45), (1e38, 3e38)])
 def test_scaling_of_extreme_ranges_is_right_or_refused(tmp_path, low, high):
     values = np.full(TINY, low, np.float32)
     values[0] = high
-    try:
-        scan = dataset.read_scan(write_scan(tmp_path / "a.nii", values))
-    except InputError:
-        return
-    assert np.array_equal(scan, values == np.float32(high))
+    path = write_scan(tmp_path / "a.nii", values)
+    if low < 0:  # their difference has no float32
+        with pytest.raises(InputError, match=r"has voxels from -3e\+38 to 3e\+38, too far apart for float32"):
+            dataset.read_scan(path)
+    else:
+        assert np.array_equal(dataset.read_scan(path), values == np.float32(high))
 
 
-def test_slope_and_intercept_are_honoured(tmp_path):
+def test_slope_drops_out_and_its_sign_does_not(tmp_path):
     raw = voxels(3, shape=TINY)
-    path = write_scan(tmp_path / "a.nii", raw)
+    path = write_scan(tmp_path / "a.nii", raw[..., None])  # a trailing axis is dropped
     content = bytearray(path.read_bytes())
     content[112:120] = np.array([-0.5, 300], "<f4").tobytes()  # scl_slope, scl_inter
     path.write_bytes(content)
-    # a negative slope turns black into white; scl_inter drops out
     upside_down = (raw.max() - raw) / np.float64(raw.max() - raw.min())
-    assert np.allclose(dataset.read_scan(path), upside_down, rtol=0, atol=1e-6)
-
-
-def test_trailing_axis_is_dropped(tmp_path):
-    values = voxels(3, shape=TINY)
-    flat = dataset.read_scan(write_scan(tmp_path / "a.nii", values))
-    assert np.array_equal(dataset.read_scan(write_scan(tmp_path / "b.nii", values[..., None])), flat)
+    assert np.allclose(dataset.read_scan(path), upside_down, rtol=0, atol=1e-6)  # a few roundings of float32
 
 
 def test_reading_leaves_the_file_alone(tmp_path):
@@ -332,18 +267,16 @@ def test_reading_leaves_the_file_alone(tmp_path):
     assert path.read_bytes() == before
 
 
-@pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
-def test_voxels_that_are_not_finite(tmp_path, value):
+@pytest.mark.parametrize(
+    ("value", "everywhere", "words"),
+    [*((value, False, "NaN or infinite") for value in (np.nan, np.inf, -np.inf)),
+     (0, True, r"is constant \(every voxel is 0\)"), (7, True, r"is constant \(every voxel is 7\)")],
+)  # fmt: skip
+def test_voxels_that_cannot_be_scaled(tmp_path, value, everywhere, words):
     values = voxels(3, shape=TINY).astype(np.float32)
-    values[1, 2, 3] = value
-    with pytest.raises(InputError, match="NaN or infinite"):
+    values[(...,) if everywhere else (1, 2, 3)] = value
+    with pytest.raises(InputError, match=words):
         dataset.read_scan(write_scan(tmp_path / "a.nii", values))
-
-
-@pytest.mark.parametrize("value", [0, 7])
-def test_constant_scan(tmp_path, value):
-    with pytest.raises(InputError, match=f"constant.*{value}"):
-        dataset.read_scan(write_scan(tmp_path / "a.nii", np.full(TINY, value, np.int16)))
 
 
 @pytest.mark.parametrize("name", ["a.nii.gz", "a.nii"])
@@ -353,6 +286,66 @@ def test_truncated_scan(tmp_path, name):
     path.write_bytes(raw[: len(raw) * 3 // 4])
     with pytest.raises(InputError, match="cannot be read"):
         dataset.read_scan(path)
+
+
+# The cohort --------------------------------------------------------------------------------------
+
+
+def test_new_cohort(tmp_path):
+    csv = tiny_cohort(tmp_path, 20)
+    cohort = dataset.new_cohort(csv, 4, "stratified", 0.3, 1)
+    table = dataset.read_csv(csv)
+    assert (cohort.csv, cohort.k, cohort.grid.shape) == (csv, 4, TINY)
+    assert cohort.table.equals(table)
+    assert cohort.folds.equals(dataset.make_folds(table, 4, "stratified", 0.3, 1))
+    for role, scans in by_role(cohort.folds, 2).items():
+        numbers = cohort.scan_indices(2, role)
+        assert numbers == sorted(numbers)
+        assert [table["path"][i] for i in numbers] == list(scans["path"])
+        assert cohort.labels(2, role).tolist() == list(scans["label"])
+
+
+def test_identity_of_a_cohort(tmp_path):
+    """CSV, folds and grid to the byte; of the scans, samples, wherever they lie."""
+    csv = tiny_cohort(tmp_path / "a", 10)
+    first = dataset.new_cohort(csv, 2, "stratified", 0.4, 1)
+    folds = first.folds.to_csv(index=False).encode()
+    assert first.identity == {
+        "csv_sha256": storage.file_sha256(csv),
+        "scans_sha256": first.identity["scans_sha256"],
+        "folds_sha256": hashlib.sha256(folds).hexdigest(),
+        "grid": {"shape": list(TINY), "affine": AFFINE.tolist()},
+    }
+
+    def differing(csv: Path, seed: int = 1) -> set[str]:
+        found = dataset.new_cohort(csv, 2, "stratified", 0.4, seed).identity
+        return {name for name in found if found[name] != first.identity[name]}
+
+    assert differing(csv, seed=2) == {"folds_sha256"}
+    moved = Path(shutil.copytree(tmp_path / "a", tmp_path / "b")) / "data.csv"
+    assert differing(moved) == set()
+    write_scan(moved.parent / "3.nii", voxels(99, shape=TINY))
+    assert differing(moved) == {"scans_sha256"}
+    moved.write_text(moved.read_text() + "\n")
+    assert differing(moved) == {"csv_sha256", "scans_sha256"}
+
+
+def test_mean_of_scans(tmp_path):
+    scans = dataset.ScanDataset(cohort_of(tiny_cohort(tmp_path)).table)
+    wanted = np.mean([dataset.read_scan(tmp_path / f"{i}.nii") for i in (1, 4, 5)], axis=0, dtype=np.float64)
+    assert scans.mean([1, 4, 5]).dtype == np.float32
+    assert np.allclose(scans.mean([1, 4, 5]), wanted, rtol=0, atol=6e-8)  # half a unit of float32 near 1
+
+
+@pytest.mark.parametrize("kind", ["disk", "ram", "none"])
+def test_scans_go_to_another_process(tmp_path, kind):
+    """Those of a disk cache by its name, not as a copy."""
+    scans = cohort_of(tiny_cohort(tmp_path)).open_scans(Cache(kind, tmp_path / "cache"))
+    packed = pickle.dumps(scans)
+    assert (len(packed) < 4 * 6 * np.prod(TINY)) == (kind != "ram")
+    there = pickle.loads(packed)
+    assert there.in_memory == scans.in_memory
+    assert np.array_equal(stacked(there), stacked(scans))
 
 
 # Folds -------------------------------------------------------------------------------------------
@@ -502,33 +495,6 @@ def test_validation_and_training_hold_both_labels_or_the_split_is_refused(fracti
     with contextlib.suppress(InputError):
         folds = dataset.make_folds(table, 3, "stratified", fraction, seed=0)
         assert (folds.groupby(["fold", "role"])["label"].nunique() == 2).all()
-
-
-def test_scans_of_a_role():
-    table = cohort_table([f"s{i}" for i in range(20)], [0, 1] * 10)
-    folds = dataset.make_folds(table, 4, "stratified", 0.3, seed=0)
-    cohort = dataset.Cohort(Path("data.csv"), table, None, folds, 4)  # type: ignore[arg-type]
-    for role, scans in by_role(folds, 2).items():
-        numbers = cohort.scan_indices(2, role)
-        assert numbers == sorted(numbers)
-        assert [table["path"][i] for i in numbers] == list(scans["path"])
-        assert cohort.labels(2, role).tolist() == list(scans["label"])
-
-
-def test_identity_of_a_cohort(tmp_path):
-    """It follows what the files hold: the CSV, the scans, their folds; not where they lie."""
-    (tmp_path / "one").mkdir()
-    csv = tiny_cohort(tmp_path / "one", 12)
-    folding = (2, "stratified", 0.4, 0)
-    identity = dataset.new_cohort(csv, *folding).identity
-    shutil.copytree(tmp_path / "one", tmp_path / "moved")
-    moved = tmp_path / "moved" / "data.csv"
-    assert dataset.new_cohort(moved, *folding).identity == identity
-    other = dataset.new_cohort(moved, 2, "stratified", 0.4, 1).identity
-    assert [name for name in identity if other[name] != identity[name]] == ["folds_sha256"]
-    write_scan(tmp_path / "moved" / "3.nii", voxels(99, shape=TINY))
-    other = dataset.new_cohort(moved, *folding).identity
-    assert [name for name in identity if other[name] != identity[name]] == ["scans_sha256"]
 
 
 def test_scans_written_by_the_helpers_are_as_announced(tmp_path):

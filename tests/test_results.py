@@ -1,5 +1,6 @@
 """results.py: one record, one mark of "finished", one way to go on, to refuse, to overwrite."""
 
+import contextlib
 import json
 import re
 import subprocess
@@ -156,7 +157,9 @@ def test_part_that_was_made_from_something_else_is_not_finished(tmp_path):
     assert run(results_of(tmp_path, made_from=made_from)) == ([], False)
     changed = made_from | {1: {"digest": "other"}}
     assert results_of(tmp_path, made_from=changed).unfinished() == [1]
+    before = contents(tmp_path)
     assert run(results_of(tmp_path, made_from=changed, chosen=[0])) == ([], False)
+    assert contents(tmp_path) == before  # part 1 is for others to judge
     assert run(results_of(tmp_path, made_from=changed)) == ([1], True)
     assert record_of(tmp_path)["digest"] == {"0": "sha0", "1": "other", "2": "sha2"}
 
@@ -205,25 +208,18 @@ def test_leftovers_of_another_part_may_be_written_just_now(done):
     assert not (done / ".partial-map_f2.nii").exists()
 
 
-def test_summary_that_is_interrupted_is_due_again(done, monkeypatch):
-    (done / "map_all.png").unlink()
+def test_summary_that_is_interrupted_is_due_again(done):
+    (done / "map_f1.nii").unlink()
     results = results_of(done)
-    with monkeypatch.context() as patch:
-        patch.setattr("test_results.write", Mock(side_effect=KeyboardInterrupt))
-        with pytest.raises(KeyboardInterrupt):
-            run(results)
-    write(done, FILES.summary)
+    with results.at_work({}):
+        write(done, names_of(1))
+        results.finish(1)
+        with contextlib.suppress(KeyboardInterrupt), results.summary() as due:
+            assert due
+            write(done, FILES.summary)
+            raise KeyboardInterrupt
     assert not results.is_finished()  # though its files are there
     assert run(results) == ([], True)
-
-
-def test_files_are_changed_under_one_lock(done):
-    results = results_of(done)
-    with results.locked(), results.locked():
-        results.finish(1, device="other")  # waits for no lock of its own
-        assert (done / ".lock").exists()
-    assert not (done / ".lock").exists()
-    assert record_of(done)["device"]["1"] == "other"
 
 
 # Refused -----------------------------------------------------------------------------------------
@@ -262,10 +258,16 @@ def test_results_without_a_record_are_in_the_way(tmp_path, name):
     assert run(results_of(tmp_path, overwrite=True)) == ([0, 1, 2], True)
 
 
-@pytest.mark.parametrize("finished", [None, "all", {"0": True}])
-def test_damaged_list_of_what_is_finished(done, finished):
-    write(done, ["run.json"], json.dumps(record_of(done) | {"finished": finished}))
-    assert "run.json: is damaged: 'finished' is" in refusal(results_of(done))
+@pytest.mark.parametrize(("name", "value"), [("finished", None), ("finished", "all"), ("device", [0])])
+def test_damaged_entries(done, name, value):
+    write(done, ["run.json"], json.dumps(record_of(done) | {name: value}))
+    assert f"run.json: is damaged: '{name}' is" in refusal(results_of(done))
+
+
+def test_list_that_was_edited(done):
+    write(done, ["run.json"], json.dumps(record_of(done) | {"finished": ["summary", [1], {}, 0, "0", 7, 1]}))
+    assert run(results_of(done)) == ([2], True)
+    assert record_of(done)["finished"] == [0, 1, 2, "summary"]
 
 
 @pytest.mark.parametrize(
@@ -288,7 +290,7 @@ def test_outpath_that_is_or_lies_below_a_file(tmp_path):
 
 
 def test_overwriting_all_spares_what_is_not_the_commands(done):
-    write(done, ["map_f7.nii", "progress_f1.pth"])  # of a run of more folds, or interrupted
+    write(done, ["map_f7.nii", ".partial-map_f7.nii", ".lock-fold_7", "progress_f1.pth"])  # of a larger run
     results = results_of(done, overwrite=True, identity={"model": "other"})
     assert not results.check(Mock(side_effect=AssertionError))
     assert not results.is_finished()

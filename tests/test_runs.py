@@ -6,7 +6,7 @@ from typing import Any
 
 import pandas as pd
 import pytest
-from cohorts import tiny_cohort
+from cohorts import AFFINE, tiny_cohort, voxels, write_scan
 
 import dataset
 import runs
@@ -14,49 +14,145 @@ from internals import storage
 from internals.errors import InputError
 
 K = 2
+FOLDING = {"fold": K, "split": "stratified", "val_fraction": 0.5, "seed": 0}
+# Of the scans in fold 0 and 1. Subjects 000 and 001 have the first four scans, 002 and 003 the others.
+ROLES = [["test", "train"] * 2 + ["val", "train"] * 2, ["val", "test"] * 2 + ["test", "test"] * 2]
 
 
 @pytest.fixture
 def run(tmp_path) -> Path:
     """The records of a run, as train_cv.py leaves them."""
     csv = tiny_cohort(tmp_path, 8)
-    csv.write_text(
-        "path,label,subject\n" + "".join(f"{i}.nii,{i % 2},00{i // 4 * 2 + i % 2}\n" for i in range(8))
-    )
+    rows = "".join(f"{i}.nii,{i % 2},00{i // 4 * 2 + i % 2}\n" for i in range(8))
+    csv.write_text(f"path,label,subject\n{rows}")
     table = dataset.read_csv(csv)
-    arguments = {"fold": K, "split": "stratified", "val_fraction": 0.5, "seed": 0, "lr": 1e-4}
-    record = {"csv": str(csv), "csv_sha256": storage.sha256(csv), "model": "modelB2", "arguments": arguments}
     folder = tmp_path / "models"
+    folder.mkdir()
     parts = [table[dataset.COLUMNS].assign(fold=fold, role=role) for fold, role in enumerate(ROLES)]
-    folder.mkdir(parents=True, exist_ok=True)
-    storage.write_csv(pd.concat(parts)[["fold", "role", *dataset.COLUMNS]], folder / "folds.csv")
-    storage.write_json(record | {"grid": dataset.check_grid(table).record()}, folder / "run.json")
+    folds = pd.concat(parts, ignore_index=True)[["fold", "role", *dataset.COLUMNS]]
+    storage.write_csv(folds, folder / "folds.csv")
+    cohort = dataset.Cohort(csv, table, dataset.check_grid(table), folds, K)
+    about = {"csv": str(csv), "model": "modelB2", "arguments": FOLDING | {"lr": 1e-4}}
+    storage.write_json(cohort.identity | about, folder / "run.json")
     return folder
 
 
-# Of the scans in fold 0 and 1. Subjects 000 and 001 have the first four scans, 002 and 003 the others.
-ROLES = [["test", "train"] * 2 + ["val", "train"] * 2, ["val", "test"] * 2 + ["test", "test"] * 2]
-
-
-def refusal(run: Path) -> str:
+def refusal(run: Path, csv: Path | None = None, model: str | None = None, k: int | None = None) -> str:
     with pytest.raises(InputError) as error:
-        runs.find_run(run, None, None, None)
+        runs.find_run(run, csv, model, k)
     return str(error.value)
 
 
+def edit(run: Path, **changes: Any) -> None:
+    record = json.loads((run / "run.json").read_text())
+    (run / "run.json").write_text(json.dumps(record | changes))
+
+
 def test_run_as_it_was_written(run):
-    found = runs.find_run(run, None, None, None)
-    assert (found.model, found.k, len(found.table)) == ("modelB2", K, 8)
-    assert [found.folds.loc[found.folds["fold"] == fold, "role"].tolist() for fold in range(K)] == ROLES
-    assert found.folds.to_csv(index=False) == (run / "folds.csv").read_text()
-    assert runs.recorded_arguments(run) == {"fold": K, "split": "stratified", "val_fraction": 0.5, "seed": 0}
+    for asked in [(None, None, None), (run.parent / "data.csv", "modelB2", K)]:
+        found = runs.find_run(run, *asked)
+        assert (found.folder, found.model, found.cohort.k) == (run, "modelB2", K)
+        assert found.cohort.csv == run.parent / "data.csv"
+        assert len(found.cohort.table) == 8
+        assert found.cohort.folds.to_csv(index=False) == (run / "folds.csv").read_text()
+        assert found.checkpoint(1) == run / "state_dict_f1.pth"
+    assert runs.recorded_folding(run) == FOLDING
+
+
+def test_run_of_something_else(run):
+    csv = run.parent / "data.csv"
+    assert refusal(run, model="modelA24") == f"--model modelA24: {run} was trained with modelB2"
+    assert refusal(run, k=3) == f"--fold 3: {run} was trained with 2 folds"
+    edit(run, csv_sha256="0" * 64)
+    assert refusal(run) == f"{csv}: is not the CSV that {run} was trained on; its content changed"
+    edit(run, csv_sha256=storage.file_sha256(csv))
+    write_scan(run.parent / "3.nii", voxels(99, shape=(5, 6, 7)))
+    assert refusal(run) == f"{csv}: the scans changed since {run} was trained on them"
+    edit(run, scans_sha256="")  # an early version did not look
+    assert runs.find_run(run, None, None, None).cohort.k == K
+    for i in range(8):
+        write_scan(run.parent / f"{i}.nii", voxels(i, shape=(5, 6, 7)), 2 * AFFINE)
+    assert refusal(run) == f"{csv}: the scans' grid is not the one that {run} was trained on"
+
+
+def test_folder_without_a_run(tmp_path, capsys):
+    csv, folder = tiny_cohort(tmp_path, 10), tmp_path / "models"
+    assert refusal(folder) == f"--modelpath {folder}: no such folder; train_cv.py makes one"
+    folder.mkdir()
+    for asked in ((None, "modelB2"), (csv, None)):
+        assert "holds no run.json, so --path and --model are needed" in refusal(folder, *asked)
+    found = runs.find_run(folder, csv, "modelB2", None)
+    published = dataset.make_folds(dataset.read_csv(csv), 5, "contiguous", 0, 0)
+    assert found.cohort.folds.equals(published)
+    assert "published contiguous folds" in capsys.readouterr().out
+
+
+# Cohorts for whom the network is of no matter ----------------------------------------------------
+
+
+def test_cohort_of_a_run_and_the_options_that_made_it(run):
+    asked = dict.fromkeys(runs.FOLDING) | {"seed": 0, "fold": K}
+    cohort, folding = runs.find_cohort(run, None, asked)
+    assert cohort.folds.to_csv(index=False) == (run / "folds.csv").read_text()
+    assert folding == FOLDING
+    for name, value in {"fold": 3, "split": "contiguous", "val_fraction": 0.2, "seed": 7}.items():
+        option = f"--{name.replace('_', '-')} {value}"
+        with pytest.raises(InputError, match=rf"^{option}: {run} was trained with {FOLDING[name]}$"):
+            runs.find_cohort(run, None, {name: value})
+
+
+def test_cohort_without_a_run(tmp_path, capsys):
+    csv, none = tiny_cohort(tmp_path, 20), tmp_path / "none"
+    free = dict.fromkeys(runs.FOLDING)
+    with pytest.raises(InputError, match=r"none: holds no run\.json, so --path is needed$"):
+        runs.find_cohort(none, None, free)
+    for asked, made in [
+        (free, (5, "stratified", 0.2, 0)),
+        (free | {"fold": 4, "seed": 3}, (4, "stratified", 0.2, 3)),
+    ]:
+        cohort, folding = runs.find_cohort(none, csv, asked)
+        assert tuple(folding.values()) == made
+        assert cohort.folds.equals(dataset.make_folds(dataset.read_csv(csv), *made))
+        assert (
+            f"{none} holds no run.json: {made[0]} stratified folds are made of {csv}"
+            in capsys.readouterr().out
+        )
+
+
+# Networks ----------------------------------------------------------------------------------------
+
+
+def test_digest_of_weights_is_that_of_first_sight(run):
+    """What begins with some weights says so, whatever they are at its end."""
+    networks = runs.TrainedNetworks(runs.find_run(run, None, None, None))
+    (run / "state_dict_f0.pth").write_bytes(b"first")
+    first = storage.file_sha256(run / "state_dict_f0.pth")
+    assert networks.digest(0) == first
+    (run / "state_dict_f0.pth").write_bytes(b"second")
+    assert networks.digest(0) == first
+    assert networks.digest(1) is None
+    assert networks.about() == {}
+
+
+def test_digest_of_untrained_weights(run):
+    networks = runs.UntrainedNetworks(runs.find_run(run, None, None, None), 3)
+    assert networks.digest(0) == "random, seed 3, BatchNorm of 4 training scans"
+    assert networks.about() == {"calibration_scans_per_fold": {"0": 4, "1": 0}}
+
+
+@pytest.mark.parametrize("networks", [runs.TrainedNetworks, lambda run: runs.UntrainedNetworks(run, 0)])
+def test_networks_that_the_scans_do_not_fit(run, networks):
+    with pytest.raises(InputError, match=r"^--model: .*94x94x94"):
+        networks(runs.find_run(run, None, None, None)).check([])
+
+
+# Edited by hand ----------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("value", [None, "x", [1], {"a": 1}, -1, 10**9, 1e999, True, "\0"])
 @pytest.mark.parametrize("name", ["csv", "csv_sha256", "model", "grid", "arguments"])
 def test_record_edited_to_nonsense(run, name, value):
-    record = json.loads((run / "run.json").read_text())
-    (run / "run.json").write_text(json.dumps(record | {name: value}))
+    edit(run, **{name: value})
     if name == "model" and isinstance(value, str):  # which models there are is for models.py to say
         assert runs.find_run(run, None, None, None).model == value
     else:
@@ -70,9 +166,7 @@ def test_record_edited_to_nonsense(run, name, value):
      ("val_fraction", float("nan")), ("seed", -1), ("seed", 2**32), ("seed", 0.5), ("seed", None)],
 )  # fmt: skip
 def test_arguments_edited_to_nonsense(run, name: str, value: Any):
-    record = json.loads((run / "run.json").read_text())
-    record["arguments"][name] = value
-    (run / "run.json").write_text(json.dumps(record))
+    edit(run, arguments=FOLDING | {name: value})
     assert "run.json: is damaged" in refusal(run)
 
 

@@ -11,7 +11,7 @@ from typing import NamedTuple
 import numpy as np
 import pandas as pd
 import pytest
-from cohorts import AFFINE, contents, only_error, read_nifti, read_values, write_csv, write_scan
+from cohorts import AFFINE, contents, only_error, read_nifti, read_table, read_values, write_csv, write_scan
 from sklearn.svm import SVC
 
 import classifier_scores
@@ -55,14 +55,6 @@ def write_weak_cohort(folder: Path, n: int = N, shape: tuple[int, ...] = SHAPE, 
         write_scan(folder / "scans" / f"{i:03d}.nii", weak_voxels(i, label, shape, loss))
         rows.append((f"scans/{i:03d}.nii", label, subject))
     return write_csv(folder / "data.csv", rows, header="path,label,subject")
-
-
-@pytest.fixture(scope="module", autouse=True)
-def few_draws():
-    """Bootstrap intervals of a few draws, for speed."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(classifier_scores, "DRAWS", 10)
-        yield
 
 
 @pytest.fixture(autouse=True)
@@ -121,14 +113,6 @@ def done(finished) -> Path:
     return finished.folder
 
 
-def read_table(path: Path) -> pd.DataFrame:
-    """A CSV as it stands: "NA" is a subject, "007" is not 7; numbers are numbers."""
-    table = pd.read_csv(path, dtype=str, keep_default_na=False)
-    for column in table.columns.difference(["path", "subject", "role"]):
-        table[column] = pd.to_numeric(table[column])
-    return table
-
-
 def record_of(folder: Path) -> dict:
     return json.loads((folder / "map.json").read_text())
 
@@ -139,13 +123,11 @@ def record_of(folder: Path) -> dict:
 class Dense:
     """All scans in memory, and the textbook on them."""
 
-    def __init__(self, csv: Path, inside: np.ndarray | None = None) -> None:
+    def __init__(self, csv: Path, mask: np.ndarray | bool = True) -> None:
         table = read_table(csv)
         self.scans = np.stack([dataset.read_scan(csv.parent / path) for path in table["path"]]).astype(float)
-        self.inside = np.ptp(self.scans, axis=0) > 0
-        if inside is not None:
-            self.inside &= inside
-        self.X, self.y = self.scans[:, self.inside], table["label"].to_numpy()  # (N, V), (N,)
+        self.mask = (np.ptp(self.scans, axis=0) > 0) & mask
+        self.X, self.y = self.scans[:, self.mask], table["label"].to_numpy()  # (N, V), (N,)
 
     def fit(self, train: np.ndarray, C: float) -> SVC:
         return SVC(kernel="linear", C=C).fit(self.X[train], self.y[train])
@@ -161,9 +143,8 @@ class Dense:
         for C in GRID:
             decision = self.fit(train, C).decision_function(self.X[val])
             patients, controls = decision[self.y[val] == 1], decision[self.y[val] == 0]
-            pairs = [(a, b) for a in patients for b in controls]
             accuracy = (patients > 0).mean() + (controls <= 0).mean()
-            right.append((accuracy, sum(2 * (a > b) + (a == b) for a, b in pairs)))
+            right.append((accuracy, np.sign(patients[:, None] - controls).sum()))
         return GRID[right.index(max(right))]
 
 
@@ -179,28 +160,29 @@ def near(found: np.ndarray, expected: np.ndarray) -> bool:
 
 def check_dense(folder: Path, dense: Dense, folds: pd.DataFrame, C: float | None = None) -> None:
     """Everything in a folder, recomputed densely."""
-    k = folds["fold"].nunique()
-    table = read_table(folder / "predictions.csv")
-    record, patterns = record_of(folder), []
-    for fold in range(k):
+    table, record, patterns = read_table(folder / "predictions.csv"), record_of(folder), []
+    for fold in range(folds["fold"].nunique()):
         train, val, test = (members(folds, fold, role) for role in ("train", "val", "test"))
         chosen = C or dense.choose(train, val)
         machine = dense.fit(train, chosen)
+        patterns.append(dense.pattern(train, machine))
         assert record["C_per_fold"][str(fold)] == pytest.approx(chosen)
         assert record["intercept_per_fold"][str(fold)] == pytest.approx(machine.intercept_[0], rel=1e-6)
-        weights, found = (read_values(folder / f"{kind}_f{fold}.nii.gz") for kind in ("weights", "map"))
-        patterns.append(dense.pattern(train, machine))
-        assert near(weights[dense.inside], machine.coef_[0])
-        assert near(found[dense.inside], patterns[-1])
-        assert not weights[~dense.inside].any()
-        assert not found[~dense.inside].any()
-        decision = machine.decision_function(dense.X[test])
-        mine = table[table["fold"] == fold]
+        check_map(folder / f"weights_f{fold}.nii.gz", machine.coef_[0], dense.mask)
+        check_map(folder / f"map_f{fold}.nii.gz", patterns[-1], dense.mask)
+        decision, mine = machine.decision_function(dense.X[test]), table[table["fold"] == fold]
         assert np.allclose(mine["prob_1"], 1 / (1 + np.exp(-decision)), rtol=0, atol=1e-6)
         assert mine["predicted"].tolist() == machine.predict(dense.X[test]).tolist()
-    mean = read_values(folder / "map_all.nii.gz")
-    assert near(mean[dense.inside], np.mean(patterns, axis=0))
-    assert not mean[~dense.inside].any()
+    check_map(folder / "map_all.nii.gz", np.mean(patterns, axis=0), dense.mask)
+    tests, known = folds[folds["role"] == "test"], ["fold", "path", "label", "subject"]
+    assert table[known].to_numpy().tolist() == tests[known].to_numpy().tolist()
+
+
+def check_map(file: Path, expected: np.ndarray, mask: np.ndarray) -> None:
+    """Values within a mask, and zero outside."""
+    found = read_values(file)
+    assert near(found[mask], expected)
+    assert not found[~mask].any()
 
 
 # What is written ---------------------------------------------------------------------------------
@@ -224,13 +206,6 @@ def test_everything_equals_the_dense_machine_on_the_folds_of_the_run(done, csv, 
     assert len(set(record_of(done)["C_per_fold"].values())) > 1  # so that the choice was put to the test
 
 
-def test_small_blocks_and_many_passes_change_nothing(done, csv, run, tmp_path, monkeypatch):
-    monkeypatch.setattr(patterns, "HELD", 8 * np.prod(SHAPE))
-    monkeypatch.setattr(patterns, "CHUNK", 37)
-    assert train_svm(run, tmp_path) == 0
-    check_dense(tmp_path / "SVM", Dense(csv), read_table(run / "folds.csv"))
-
-
 def test_c_that_is_given(csv, run, tmp_path, capsys):
     assert train_svm(run, tmp_path, "--C", "0.37") == 0
     assert "fold 2: C = 0.37" in capsys.readouterr().out
@@ -238,12 +213,9 @@ def test_c_that_is_given(csv, run, tmp_path, capsys):
     assert record_of(tmp_path / "SVM")["options"]["C"] == 0.37
 
 
-def test_predictions_list_every_scan_once_by_its_test_fold(done, run):
-    table, folds = read_table(done / "predictions.csv"), read_table(run / "folds.csv")
+def test_predictions_list_every_scan_once(done):
+    table = read_table(done / "predictions.csv")
     assert list(table.columns) == ["fold", "path", "label", "subject", "prob_1", "predicted"]
-    tests = folds[folds["role"] == "test"]
-    known = ["fold", "path", "label", "subject"]
-    assert table[known].to_numpy().tolist() == tests[known].to_numpy().tolist()
     assert len(set(table["path"])) == len(table) == N
     assert (table["subject"] == "NA").sum() == 2
     assert table["predicted"].tolist() == (table["prob_1"] > 0.5).astype(int).tolist()
@@ -260,7 +232,7 @@ def test_metrics_and_choices_are_printed(finished, csv):
     assert classifier_scores.summary(expected) in said
     for fold, C in record_of(folder)["C_per_fold"].items():
         assert f"fold {fold}: C = {C:g}, validation balanced accuracy" in said
-    assert f"voxels: {Dense(csv).inside.sum()} of {np.prod(SHAPE)}" in said
+    assert f"voxels: {Dense(csv).mask.sum()} of {np.prod(SHAPE)}" in said
     assert f"{folder}: map_all.nii.gz, map_f*.nii.gz, weights_f*.nii.gz, predictions.csv, metrics.csv" in said
 
 
@@ -299,9 +271,6 @@ def test_record(done, run, csv):
     assert all(list(record[name]) == ["0", "1", "2"] for name in ("C_per_fold", "intercept_per_fold"))
 
 
-# The voxels --------------------------------------------------------------------------------------
-
-
 @pytest.fixture(scope="module")
 def mask(tmp_path_factory) -> Path:
     """A third of the voxels, some of the black frame among them; its other values are not above 0."""
@@ -310,50 +279,26 @@ def mask(tmp_path_factory) -> Path:
     return write_scan(tmp_path_factory.mktemp("mask") / "mask.nii.gz", values)
 
 
-def test_mask(csv, run, mask, tmp_path):
-    assert train_svm(run, tmp_path, "--mask", str(mask)) == 0
-    dense = Dense(csv, read_values(mask) > 0)
-    assert 0 < dense.inside.sum() < (read_values(mask) > 0).sum() < np.prod(SHAPE)
+@pytest.mark.parametrize("masked", [False, True])
+def test_small_blocks_and_many_passes_change_nothing(csv, run, mask, tmp_path, monkeypatch, masked):
+    monkeypatch.setattr(patterns, "HELD", 8 * np.prod(SHAPE))
+    monkeypatch.setattr(patterns, "CHUNK", 37)
+    assert train_svm(run, tmp_path, *(["--mask", str(mask)] if masked else [])) == 0
+    dense = Dense(csv, read_values(mask) > 0 if masked else True)
     check_dense(tmp_path / "SVM", dense, read_table(run / "folds.csv"))
     record = record_of(tmp_path / "SVM")
-    assert record["mask"] == str(mask.resolve())
-    assert record["mask_sha256"] == storage.file_sha256(mask)
+    assert record["mask"] == (str(mask.resolve()) if masked else None)
+    assert record["mask_sha256"] == (storage.file_sha256(mask) if masked else None)
 
 
-# No run ------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize(
-    ("options", "made"),
-    [
-        ([], (5, "stratified", 0.2, 0)),
-        (["--fold", "4", "--split", "contiguous", "--val-fraction", "0.4", "--seed", "3"],
-         (4, "contiguous", 0.4, 3)),
-    ],
-)  # fmt: skip
-def test_without_a_run_the_folds_are_those_of_training(csv, tmp_path, capsys, options, made):
-    if "contiguous" in options:  # where the scans of one subject must not fall into two blocks
-        rows = [(csv.parent / path, label) for path, label in read_table(csv)[["path", "label"]].to_numpy()]
-        csv = write_csv(tmp_path / "plain.csv", rows, header="path,label")
-    assert train_svm(tmp_path / "none", tmp_path, "--path", str(csv), *options) == 0
-    said = capsys.readouterr().out
-    assert "no run.json" in said
-    assert f"{made[0]} {made[1]} folds" in said
-    k, split, fraction, seed = made
-    folds = dataset.make_folds(dataset.read_csv(csv), k, split, fraction, seed)
-    check_dense(tmp_path / "SVM", Dense(csv), folds)
-    table, tests = read_table(tmp_path / "SVM" / "predictions.csv"), folds[folds["role"] == "test"]
-    known = ["fold", "path", "label", "subject"]
-    assert table[known].to_numpy().tolist() == tests[known].to_numpy().tolist()
+def test_without_a_run_the_folds_are_those_of_training(csv, tmp_path):
+    options = ["--path", str(csv), "--fold", "4", "--val-fraction", "0.4", "--seed", "3"]
+    assert train_svm(tmp_path / "none", tmp_path, *options) == 0
+    made = (4, "stratified", 0.4, 3)
+    check_dense(tmp_path / "SVM", Dense(csv), dataset.make_folds(dataset.read_csv(csv), *made))
     record = record_of(tmp_path / "SVM")
     assert record["options"] == dict(zip(["C", *runs.FOLDING], ["chosen", *made], strict=True))
     assert record["modelpath"] is None
-
-
-def test_path_and_fold_options_of_the_run_are_fine(csv, run, done, tmp_path):
-    options = ["--path", str(csv), "--fold", "3", "--split", "stratified", "--val-fraction", "0.3"]
-    assert train_svm(run, tmp_path, *options, "--seed", "1") == 0
-    assert (tmp_path / "SVM" / "predictions.csv").read_text() == (done / "predictions.csv").read_text()
 
 
 # No leakage --------------------------------------------------------------------------------------
@@ -452,19 +397,14 @@ def copy(done, tmp_path) -> Path:
     return tmp_path / "copy"
 
 
-def test_second_call_keeps_everything(copy, run, monkeypatch, capsys):
+@pytest.mark.parametrize("earlier", [False, True])
+def test_second_call_keeps_everything(copy, run, monkeypatch, capsys, earlier):
+    if earlier:  # a record that says nothing of finished parts
+        storage.write_json(
+            {k: v for k, v in record_of(copy / "SVM").items() if k != "finished"}, copy / "SVM/map.json"
+        )
     before = contents(copy)
     monkeypatch.setattr(dataset.Cohort, "open_scans", interrupt)
-    assert train_svm(run, copy) == 0
-    assert "done before, kept" in capsys.readouterr().out
-    assert contents(copy) == before
-
-
-def test_record_of_an_earlier_version_is_kept(copy, run, capsys):
-    record = record_of(copy / "SVM")
-    del record["finished"]
-    storage.write_json(record, copy / "SVM" / "map.json")
-    before = contents(copy)
     assert train_svm(run, copy) == 0
     assert "done before, kept" in capsys.readouterr().out
     assert contents(copy) == before
@@ -505,17 +445,6 @@ def test_other_arguments_are_refused(copy, csv, run, mask, tmp_path, capsys):
         line = only_error(capsys.readouterr().err)
         assert all(word in line for word in [*words, "--overwrite"]), line
     assert contents(copy) == before
-
-
-def test_other_folds_of_the_same_arguments_are_refused(copy, run, tmp_path, capsys):
-    run = Path(shutil.copytree(run, tmp_path / "models"))
-    folds = read_table(run / "folds.csv")
-    trained = (folds["fold"] == 0) & (folds["role"] == "train")
-    moved = trained & (folds["subject"] == folds.loc[trained, "subject"].iloc[0])
-    folds.loc[moved, "role"] = "val"
-    folds.to_csv(run / "folds.csv", index=False)
-    assert train_svm(run, copy) == 2
-    assert "folds_sha256" in only_error(capsys.readouterr().err)
 
 
 def test_overwrite_starts_afresh_and_leaves_other_files(copy, csv, run, tmp_path):

@@ -56,7 +56,7 @@ class Method:
 
 STEPS = Option("steps", 100, "steps of the Riemann sum", utils.bounded(int, at_least=1))
 BETA = Option(
-    "beta", 0.5, "weight of inhibiting contributions", utils.bounded(float, at_least=0, at_most=100)
+    "beta", 0.5, "weight of negative contributions", utils.bounded(float, at_least=0, at_most=100)
 )
 
 METHODS: dict[str, Method] = {

@@ -245,10 +245,9 @@ def mask(tmp_path_factory) -> Path:
 
 
 def test_small_blocks_and_many_passes_change_nothing(csv, run, mask, tmp_path, monkeypatch):
+    """Seven scans are a block, two folds a pass."""
     dense = Dense(csv, read_values(mask) > 0)
-    monkeypatch.setattr(
-        patterns, "HELD", 11 * np.count_nonzero(dense.mask)
-    )  # 7 scans a block, 2 folds a pass
+    monkeypatch.setattr(patterns, "HELD", 11 * np.count_nonzero(dense.mask))
     monkeypatch.setattr(patterns, "CHUNK", 37)
     assert train_svm(run, tmp_path, "--mask", str(mask)) == 0
     check_dense(tmp_path / "SVM", dense, read_table(run / "folds.csv"))

@@ -1,6 +1,7 @@
 """runs.py: a training run's records, as they were written and as they were edited by hand."""
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,7 @@ from cohorts import AFFINE, tiny_cohort, voxels, write_scan
 
 import dataset
 import runs
+import train_cv
 from internals import storage
 from internals.errors import InputError
 
@@ -49,10 +51,12 @@ def edit(run: Path, **changes: Any) -> None:
 
 
 def test_run_as_it_was_written(run):
-    for asked in [(None, None, None), (run.parent / "data.csv", "modelB2", K)]:
+    moved = Path(shutil.copytree(run.parent, run.parent / "moved"))
+    csv = (moved / "data.csv").rename(moved / "list.csv")
+    for asked in [(None, None, None), (run.parent / "data.csv", "modelB2", K), (csv, None, None)]:
         found = runs.find_run(run, *asked)
         assert (found.folder, found.model, found.cohort.k) == (run, "modelB2", K)
-        assert found.cohort.csv == run.parent / "data.csv"
+        assert found.cohort.csv == (asked[0] or run.parent / "data.csv")
         assert len(found.cohort.table) == 8
         assert found.cohort.folds.to_csv(index=False) == (run / "folds.csv").read_text()
         assert found.checkpoint(1) == run / "state_dict_f1.pth"
@@ -87,9 +91,6 @@ def test_folder_without_a_run(tmp_path, capsys):
     assert "published contiguous folds" in capsys.readouterr().out
 
 
-# Cohorts for whom the network is of no matter ----------------------------------------------------
-
-
 def test_cohort_of_a_run_and_the_options_that_made_it(run):
     asked = dict.fromkeys(runs.FOLDING) | {"seed": 0, "fold": K}
     cohort, folding = runs.find_cohort(run, None, asked)
@@ -106,47 +107,41 @@ def test_cohort_without_a_run(tmp_path, capsys):
     free = dict.fromkeys(runs.FOLDING)
     with pytest.raises(InputError, match=r"none: holds no run\.json, so --path is needed$"):
         runs.find_cohort(none, None, free)
-    for asked, made in [
-        (free, (5, "stratified", 0.2, 0)),
-        (free | {"fold": 4, "seed": 3}, (4, "stratified", 0.2, 3)),
-    ]:
+    trained = train_cv.get_parser().parse_args(["--path", "data.csv"])
+    defaults = tuple(getattr(trained, name) for name in runs.FOLDING)
+    for asked, made in [(free, defaults), (free | {"fold": 4, "seed": 3}, (4, "stratified", 0.2, 3))]:
         cohort, folding = runs.find_cohort(none, csv, asked)
         assert tuple(folding.values()) == made
         assert cohort.folds.equals(dataset.make_folds(dataset.read_csv(csv), *made))
-        assert (
-            f"{none} holds no run.json: {made[0]} stratified folds are made of {csv}"
-            in capsys.readouterr().out
-        )
-
-
-# Networks ----------------------------------------------------------------------------------------
+        said = f"{none} holds no run.json: {made[0]} stratified folds are made of {csv}"
+        assert said in capsys.readouterr().out
 
 
 def test_digest_of_weights_is_that_of_first_sight(run):
     """What begins with some weights says so, whatever they are at its end."""
-    networks = runs.TrainedNetworks(runs.find_run(run, None, None, None))
-    (run / "state_dict_f0.pth").write_bytes(b"first")
-    first = storage.file_sha256(run / "state_dict_f0.pth")
+    networks, weights = runs.TrainedNetworks(runs.find_run(run, None, None, None)), run / "state_dict_f0.pth"
+    weights.write_bytes(b"first")
+    first = storage.file_sha256(weights)
     assert networks.digest(0) == first
-    (run / "state_dict_f0.pth").write_bytes(b"second")
-    assert networks.digest(0) == first
-    assert networks.digest(1) is None
-    assert networks.about() == {}
+    weights.write_bytes(b"second")
+    assert (networks.digest(0), networks.digest(1), networks.about()) == (first, None, {})
 
 
-def test_digest_of_untrained_weights(run):
+def test_calibration_scans_are_training_scans_evenly_spaced(run, monkeypatch):
     networks = runs.UntrainedNetworks(runs.find_run(run, None, None, None), 3)
+    assert networks.calibration_scans(0) == [1, 3, 5, 7]
     assert networks.digest(0) == "random, seed 3, BatchNorm of 4 training scans"
     assert networks.about() == {"calibration_scans_per_fold": {"0": 4, "1": 0}}
+    monkeypatch.setattr(dataset.Cohort, "scan_indices", lambda *_: list(range(100, 164)))
+    assert networks.calibration_scans(0) == list(range(100, 164, 2))
+    monkeypatch.setattr(runs, "CALIBRATION", 3)
+    assert networks.calibration_scans(0) == [100, 121, 142]
 
 
 @pytest.mark.parametrize("networks", [runs.TrainedNetworks, lambda run: runs.UntrainedNetworks(run, 0)])
 def test_networks_that_the_scans_do_not_fit(run, networks):
     with pytest.raises(InputError, match=r"^--model: .*94x94x94"):
         networks(runs.find_run(run, None, None, None)).check([])
-
-
-# Edited by hand ----------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("value", [None, "x", [1], {"a": 1}, -1, 10**9, 1e999, True, "\0"])
@@ -170,27 +165,21 @@ def test_arguments_edited_to_nonsense(run, name: str, value: Any):
     assert "run.json: is damaged" in refusal(run)
 
 
+FIRST, LAST = "0,test,0.nii", "1,test,7.nii,1,003\n"
+
+
 @pytest.mark.parametrize(
     ("old", "new", "words"),
-    [
-        ("fold,role", "fold,part", "columns"),
-        ("0,test,0.nii", "0,best,0.nii", "row 2"),
-        ("0,test,0.nii", "1,test,0.nii", "row 2"),
-        ("0,test,0.nii", "zero,test,0.nii", "row 2"),
-        ("0,test,0.nii", "0,test,9.nii", "row 2"),
-        ("0.nii,0,000", "0.nii,1,000", "row 2"),
-        ("0.nii,0,000", "0.nii,0,0", "row 2"),
-        ("0.nii,0,000", "0.nii,0", "row 2"),
-        ("0.nii,0,000", "0.nii,0,000,0", "row 2"),
-        ("1,test,7.nii,1,003\n", "", "row 17 is missing"),
-        ("1,test,7.nii,1,003\n", "1,test,7.nii,1,003\n" * 2, "row 18"),
-        ("0,train,5.nii", "0,test,5.nii", "5.nii is not tested in exactly one fold"),
-        ("0,test,0.nii", "0,val,0.nii", "0.nii is not tested in exactly one fold"),
-        ("0,train,1.nii", "0,val,1.nii", "subject 001 has several roles in fold 0"),
-        ("0,train,1.nii", "0,train,\0.nii", "NUL"),
-        ("0,train,1.nii", '0,train,"1.nii', "cannot be read as a CSV"),
-    ],
-)
+    [("fold,role", "fold,part", "columns"), (FIRST, "0,best,0.nii", "row 2"),
+     (FIRST, "1,test,0.nii", "row 2"), ("0.nii,0,000", "0.nii,1,000", "row 2"),
+     ("0.nii,0,000", "0.nii,0,0", "row 2"), ("0.nii,0,000", "0.nii,0", "row 2"),
+     ("0.nii,0,000", "0.nii,0,000,0", "row 2"),
+     (LAST, "", "row 17 is missing"), (LAST, LAST * 2, "row 18"),
+     ("0,train,5.nii", "0,test,5.nii", "5.nii is not tested in exactly one fold"),
+     (FIRST, "0,val,0.nii", "0.nii is not tested in exactly one fold"),
+     ("0,train,1.nii", "0,val,1.nii", "subject 001 has several roles in fold 0"),
+     ("0,train,1.nii", "0,train,\0.nii", "NUL"), (FIRST, '0,test,"0.nii', "cannot be read as a CSV")],
+)  # fmt: skip
 def test_folds_edited_to_nonsense(run, old, new, words):
     text = (run / "folds.csv").read_text()
     assert old in text

@@ -15,12 +15,6 @@ import classifier_scores
 COUNTS = ["tp", "tn", "fp", "fn"]
 
 
-@pytest.fixture(autouse=True)
-def _draws(monkeypatch):
-    """Two hundred bootstrap draws in place of a thousand, for speed."""
-    monkeypatch.setattr(classifier_scores, "DRAWS", 200)
-
-
 def predictions(label: list[int], prob_1: list[float], subject: Iterable[str] = ()) -> pd.DataFrame:
     """A table as train_cv.py makes it; predicted is prob_1 > 0.5."""
     table = pd.DataFrame({"fold": np.arange(len(label)) % 2, "label": label, "prob_1": prob_1})

@@ -99,7 +99,7 @@ def test_after_an_error_the_old_file_is_there_and_no_other(tmp_path):
     (tmp_path / "a.csv").write_text("old")
     full = OSError(28, "No space left on device")
     for text, end, error, words in [
-        ("half", KeyboardInterrupt, KeyboardInterrupt, ""),
+        ("half", KeyboardInterrupt, KeyboardInterrupt, None),
         ("half", full, Failure, r"a\.csv: cannot be written \(No space left on device\); what was finished"),
         ("", None, RuntimeError, "nothing was written"),
     ]:

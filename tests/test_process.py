@@ -2,7 +2,8 @@
 
 import random
 import signal
-from collections.abc import Callable
+from typing import Any
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
@@ -10,70 +11,53 @@ import torch
 from cohorts import contents
 from interruptions import terminate
 
-import utils
 from internals import process, storage
 from internals.errors import Failure, InputError
 
 
-def command_of(work: Callable[[], int]) -> Callable[..., int]:
+def ended(work: Any, *argv: str) -> int:
+    """The status of a command that does some work, or raises an error."""
+
     @process.command("all is saved")
     def main(argv: list[str] | None = None) -> int:
         """Say how many."""
-        return work() + len(argv or [])
+        return Mock(side_effect=work)() + len(argv or [])
 
-    return main
-
-
-def ending(end: BaseException) -> Callable[[], int]:
-    def work() -> int:
-        raise end
-
-    return work
-
-
-def test_command_passes_the_status_and_the_arguments():
-    main = command_of(lambda: 0)
-    assert main(["a", "b", "c"]) == 3
-    assert main() == 0
     assert main.__doc__ == "Say how many."
+    return main(list(argv))
 
 
 @pytest.mark.parametrize(
     ("end", "status", "line"),
     [
+        (lambda: 1, 3, ""),
         (InputError("--batch 0:\n  expected   more"), 2, "error: --batch 0: expected more\n"),
         # as a process of PyTorch's that reads scans sends it
-        (
-            InputError("Caught ...\nTraceback:\ninternals.errors.InputError: a.nii: bad"),
-            2,
-            "error: a.nii: bad\n",
-        ),
+        (InputError("Caught ...\nTrace:\ninternals.errors.InputError: a.nii: bad"), 2, "error: a.nii: bad\n"),
         (Failure("disk\nfull"), 1, "error: disk full\n"),
         (KeyboardInterrupt(), 130, "interrupted: all is saved\n"),
     ],
 )
 def test_command_says_in_one_line_how_it_ended(capsys, end, status, line):
-    assert command_of(ending(end))([]) == status
-    captured = capsys.readouterr()
-    assert (captured.out, captured.err) == ("", line)
+    assert ended(end, "a", "b") == status
+    assert capsys.readouterr() == ("", line)
 
 
 @pytest.mark.parametrize("fault", [ValueError, KeyError, RuntimeError, FileNotFoundError])
 def test_command_lets_a_fault_of_the_program_through(fault):
     with pytest.raises(fault, match="deep inside"):
-        command_of(ending(fault("deep inside")))([])
+        ended(fault("deep inside"))
 
 
 def test_command_unwinds_on_sigterm_and_restores_its_handler(capsys, tmp_path):
     before = signal.getsignal(signal.SIGTERM)
 
-    def work() -> int:
+    def work() -> None:
         with storage.atomic_write(tmp_path / "a.csv") as partial:
             partial.write_text("half")
             terminate()
-        return 0
 
-    assert command_of(work)([]) == 143
+    assert ended(work) == 143
     assert capsys.readouterr().err == "interrupted: all is saved\n"
     assert contents(tmp_path) == {}
     assert signal.getsignal(signal.SIGTERM) is before
@@ -81,63 +65,48 @@ def test_command_unwinds_on_sigterm_and_restores_its_handler(capsys, tmp_path):
 
 @pytest.mark.parametrize(
     ("text", "line"),
-    [
-        ("a\n b\t  c", "a b c"),
-        ("\x1b[31mred\x07", "\\x1b[31mred\\x07"),
-        ("\u202egnp.exe", "\\u202egnp.exe"),
-        ("\udcff", "\\udcff"),
-        ("süß 脳 {0} %s", "süß 脳 {0} %s"),
-        ("x" * 10**6, "x" * process.LONGEST + " ..."),
-    ],
+    [("a\n b\t  c", "a b c"), ("\x1b[31mred\x07", "\\x1b[31mred\\x07"), ("\u202egnp.exe", "\\u202egnp.exe"),
+     ("\udcff", "\\udcff"), ("süß 脳 {0} %s", "süß 脳 {0} %s"),
+     ("x" * 10**6, "x" * process.LONGEST + " ...")],
     ids=range(6),
-)
+)  # fmt: skip
 def test_what_is_shown_is_harmless_and_not_endless(text, line):
     assert process.printable(text) == line
 
 
 # Memory ------------------------------------------------------------------------------------------
 
-
-def fail(error: Exception) -> None:
-    raise error
-
-
-REFUSED = "refused, mostly for want of memory; lower --batch; `make device`"
+ADVICE = "lower --batch"
+SCARCE = f"out of memory; {ADVICE}"
+REFUSED = f"refused, mostly for want of memory; {ADVICE}; `make device`"
 
 
 @pytest.mark.parametrize(
     ("work", "words"),
     [
-        (lambda: torch.empty(2**60, dtype=torch.uint8), "out of memory; lower --batch"),
-        (lambda: np.empty(2**60, np.uint8), "out of memory; lower --batch"),
+        (lambda: torch.empty(2**60, dtype=torch.uint8), SCARCE),
+        (lambda: np.empty(2**60, np.uint8), SCARCE),
         # in the words of PyTorch, cuDNN and cuBLAS, which raise no class of their own for it
-        (
-            "CUDA out of memory. Tried to allocate 20.00 GiB. GPU 0 has 15.77 GiB",
-            "out of memory; lower --batch",
-        ),
-        ("cuDNN error: CUDNN_STATUS_ALLOC_FAILED", "lower --batch"),
-        ("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`", "lower --batch"),
-        ("cuDNN error: CUDNN_STATUS_INTERNAL_ERROR_HOST_ALLOCATION_FAILED", "lower --batch"),
+        ("CUDA out of memory. Tried to allocate 20.00 GiB. GPU 0 has 15.77 GiB", SCARCE),
+        ("cuDNN error: CUDNN_STATUS_ALLOC_FAILED", SCARCE),
+        ("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`", SCARCE),
+        ("cuDNN error: CUDNN_STATUS_INTERNAL_ERROR_HOST_ALLOCATION_FAILED", SCARCE),
         # which may have other reasons
         ("Unable to find a valid cuDNN algorithm to run convolution", REFUSED),
         ("GET was unable to find an engine to execute this computation", REFUSED),
         ("CUDA error: CUBLAS_STATUS_NOT_INITIALIZED when calling `cublasCreate(handle)`", REFUSED),
-        (
-            "DataLoader worker (pid 7) is killed by signal: Killed.",
-            "a process that reads scans ended; lower --workers",
-        ),
+        ("DataLoader worker (pid 7) is killed by signal: Killed.", "that reads scans ended; lower --workers"),
     ],
     ids=range(10),
 )
 def test_memory_that_does_not_suffice_is_a_failure(work, words):
-    with pytest.raises(Failure) as error, process.out_of_memory("a batch", "lower --batch"):
-        fail(RuntimeError(work)) if isinstance(work, str) else work()
-    assert str(error.value).startswith("a batch: ")
-    assert words in str(error.value)
+    work = Mock(side_effect=RuntimeError(work)) if isinstance(work, str) else work
+    with pytest.raises(Failure, match=f"^a batch: .*{words}"), process.out_of_memory("a batch", ADVICE):
+        work()
 
 
 def test_other_faults_are_no_failures():
-    with pytest.raises(RuntimeError, match="inconsistent"), process.out_of_memory("a batch", "lower --batch"):
+    with pytest.raises(RuntimeError, match="inconsistent"), process.out_of_memory("a batch", ADVICE):
         torch.ones(2) @ torch.ones(3)
 
 
@@ -145,10 +114,9 @@ def test_other_faults_are_no_failures():
 
 
 def test_random_states_come_back():
-    def draw() -> tuple[float, float, float]:
-        return random.random(), float(np.random.random()), float(torch.rand(()))
+    def draw() -> list[float]:
+        return [random.random(), np.random.random(), torch.rand(()).item()]
 
-    utils.seed_everything(1)
     states = process.random_states(torch.device("cpu"))
     first = draw()
     assert all(a != b for a, b in zip(draw(), first, strict=True))

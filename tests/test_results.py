@@ -2,10 +2,9 @@
 
 import contextlib
 import json
-import re
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 from unittest.mock import Mock
@@ -19,14 +18,10 @@ from internals.results import Files, ResultFolder
 
 ROOT = Path(__file__).resolve().parents[1]
 FILES = Files(
-    record="run.json",
-    part=["map_f{}.nii", "list_f{}.csv"],
-    beside=["scans/f{}_*.nii"],
-    progress=["progress_f{}.pth"],
-    shared=["table.csv"],
-    summary=["map_all.nii", "map_all.png"],
+    record="run.json", part=["map_f{}.nii", "list_f{}.csv"], beside=["scans/f{}_*.nii"],
+    progress=["progress_f{}.pth"], shared=["table.csv"], summary=["map_all.nii", "map_all.png"],
     facts=["digest", "device"],
-)
+)  # fmt: skip
 IDENTITY = {"model": "modelB2", "options": {"beta": 0.5}}
 OTHERS = {"notes.txt", "scans/other.txt"}  # of somebody else
 
@@ -39,7 +34,7 @@ def names_of(part: object) -> set[str]:
     return {f"map_f{part}.nii", f"list_f{part}.csv", f"scans/f{part}_a.nii"}
 
 
-def write(folder: Path, names: Sequence[str] | set[str], text: str = "x") -> None:
+def write(folder: Path, names: Iterable[str], text: str = "x") -> None:
     for name in names:
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
         (folder / name).write_text(text)
@@ -61,6 +56,10 @@ def record_of(folder: Path) -> dict:
     return json.loads((folder / "run.json").read_text())
 
 
+def edit(folder: Path, **changes: Any) -> None:
+    write(folder, ["run.json"], json.dumps(record_of(folder) | changes))
+
+
 @pytest.fixture
 def done(tmp_path) -> Path:
     """A folder of three finished parts, and two files of somebody else."""
@@ -80,21 +79,13 @@ def test_new_folder_is_made_when_work_begins(tmp_path):
     assert not results.check(Mock(side_effect=AssertionError))
     assert not results.is_finished()
     assert not (tmp_path / "a").exists()
+    write(tmp_path / "a" / "b", OTHERS)  # a folder with other files is free
+    assert not results.check()
     assert run(results, csv="data.csv") == ([0, 1, 2], True)
-    assert set(contents(tmp_path / "a" / "b")) == EVERYTHING - OTHERS - {"table.csv"}
-    assert record_of(tmp_path / "a" / "b") == IDENTITY | {
-        "csv": "data.csv",
-        "versions": storage.package_versions(),
-        "finished": [0, 1, 2, "summary"],
-        "device": {"0": "gpu0", "1": "gpu1", "2": "gpu2"},
-        "digest": {},
-    }
-
-
-def test_folder_with_other_files_is_free(tmp_path):
-    write(tmp_path, OTHERS)
-    assert not results_of(tmp_path).check()
-    assert run(results_of(tmp_path)) == ([0, 1, 2], True)
+    assert set(contents(tmp_path / "a" / "b")) == EVERYTHING - {"table.csv"}
+    about = {"csv": "data.csv", "versions": storage.package_versions(), "finished": [0, 1, 2, "summary"]}
+    device = {"0": "gpu0", "1": "gpu1", "2": "gpu2"}
+    assert record_of(tmp_path / "a" / "b") == IDENTITY | about | {"device": device, "digest": {}}
 
 
 def test_second_call_keeps_everything(done):
@@ -104,18 +95,12 @@ def test_second_call_keeps_everything(done):
     assert results_of(done).is_finished()
     assert run(results_of(done), csv="data.csv") == ([], False)
     assert contents(done) == before
-
-
-def test_damage_that_is_found_by_inspection_refuses_the_folder(done):
     with pytest.raises(InputError, match="damaged"):
         results_of(done).check(Mock(side_effect=InputError("damaged")))
-
-
-def test_what_the_record_says_beside_the_identity_may_change(done):
-    write(done, ["run.json"], json.dumps(record_of(done) | {"versions": {"torch": "1.0"}}))
+    edit(done, versions={"torch": "1.0"})  # what the record says beside the identity may change
     assert run(results_of(done), csv="moved.csv") == ([], False)
-    assert record_of(done)["csv"] == "moved.csv"
-    assert record_of(done)["versions"] == {"torch": "1.0"}  # of those that made what is there
+    found = record_of(done)
+    assert (found["csv"], found["versions"]) == ("moved.csv", {"torch": "1.0"})  # of those that made it
 
 
 def test_parts_may_be_made_one_call_each(tmp_path):
@@ -141,10 +126,8 @@ def test_what_is_lost_is_made_again(done, lost, missing, due):
     assert results_of(done).is_finished() == (not due)
     with results_of(done).at_work({}) as unfinished:
         assert unfinished == missing
-        gone = {name for part in missing for name in names_of(part)} | (
-            set(FILES.summary) if missing else set()
-        )
-        assert set(contents(done)) == EVERYTHING - gone - {lost} | {f".lock-fold_{part}" for part in range(3)}
+        gone = {lost, *(FILES.summary if missing else []), *(name for p in missing for name in names_of(p))}
+        assert set(contents(done)) == EVERYTHING - gone | {f".lock-fold_{part}" for part in range(3)}
         record = record_of(done)
         assert record["finished"] == [p for p in range(3) if p not in missing] + ["summary"] * (not due)
         assert list(record["device"]) == [str(part) for part in range(3) if part not in missing]
@@ -153,8 +136,8 @@ def test_what_is_lost_is_made_again(done, lost, missing, due):
 
 def test_part_that_was_made_from_something_else_is_not_finished(tmp_path):
     made_from = {part: {"digest": f"sha{part}"} for part in range(3)}
-    assert run(results_of(tmp_path, made_from=made_from)) == ([0, 1, 2], True)
-    assert run(results_of(tmp_path, made_from=made_from)) == ([], False)
+    for missing in ([0, 1, 2], []):
+        assert run(results_of(tmp_path, made_from=made_from)) == (missing, bool(missing))
     changed = made_from | {1: {"digest": "other"}}
     assert results_of(tmp_path, made_from=changed).unfinished() == [1]
     before = contents(tmp_path)
@@ -165,9 +148,8 @@ def test_part_that_was_made_from_something_else_is_not_finished(tmp_path):
 
 
 def test_record_of_an_earlier_version(done):
-    """It has no list of what is finished: files and facts alone say so."""
-    record = record_of(done)
-    del record["finished"]
+    """It has no list of what is finished, nor all facts: files and the facts that are there say so."""
+    record = {name: value for name, value in record_of(done).items() if name not in ("finished", "device")}
     write(done, ["run.json"], json.dumps(record | {"digest": {"0": "a", "1": "b"}}))
     made_from = {part: {"digest": "a"} for part in range(2)}
     assert results_of(done).is_finished()
@@ -175,54 +157,35 @@ def test_record_of_an_earlier_version(done):
     (done / "map_f2.nii").unlink()
     assert run(results_of(done, made_from=made_from)) == ([1, 2], True)
     assert record_of(done)["finished"] == [0, 1, 2, "summary"]
+    assert record_of(done)["device"] == {"1": "gpu1", "2": "gpu2"}
 
 
-# Interruptions -----------------------------------------------------------------------------------
-
-
-def test_interrupted_part_goes_on_from_its_progress(done):
+def test_what_is_interrupted_goes_on(done):
     """Half of its files and whatever a dead writer left go; finished parts have no progress to go on from."""
     (done / "map_f1.nii").unlink()
-    leftovers = [
-        ".partial-map_f1.nii",
-        ".partial-map_all.png",
-        ".partial-run.json",
-        "scans/.partial-f1_b.nii",
-    ]
-    write(done, ["progress_f0.pth", "progress_f1.pth", "list_f1.csv", "scans/f1_b.nii", *leftovers])
-    with results_of(done, chosen=[0, 1]).at_work({}) as missing:
+    others = {".partial-map_f2.nii"}  # may be written just now
+    write(done, {"progress_f0.pth", "progress_f1.pth", "scans/f1_b.nii", "scans/.partial-f1_b.nii", *others})
+    write(done, {f".partial-{name}" for name in ("map_f1.nii", "map_all.png", "run.json")})
+    results = results_of(done, chosen=[0, 1])
+    with results.at_work({}) as missing:
         assert missing == [1]
-        locks = {".lock-fold_0", ".lock-fold_1"}
-        kept = EVERYTHING - names_of(1) - set(FILES.summary) | {"progress_f1.pth"}
-        assert set(contents(done)) == kept | locks
-        write(done, names_of(1))
-        results_of(done).finish(1)
-        assert not (done / "progress_f1.pth").exists()
-
-
-def test_leftovers_of_another_part_may_be_written_just_now(done):
-    write(done, [".partial-map_f2.nii"])
-    run(results_of(done, chosen=[0, 1]))
-    assert (done / ".partial-map_f2.nii").exists()
-    run(results_of(done))
-    assert not (done / ".partial-map_f2.nii").exists()
-
-
-def test_summary_that_is_interrupted_is_due_again(done):
-    (done / "map_f1.nii").unlink()
-    results = results_of(done)
-    with results.at_work({}):
+        there = {"progress_f1.pth", ".lock-fold_0", ".lock-fold_1", *others}
+        assert set(contents(done)) == EVERYTHING - names_of(1) - set(FILES.summary) | there
         write(done, names_of(1))
         results.finish(1)
+        assert not (done / "progress_f1.pth").exists()
         with contextlib.suppress(KeyboardInterrupt), results.summary() as due:
             assert due
             write(done, FILES.summary)
             raise KeyboardInterrupt
     assert not results.is_finished()  # though its files are there
-    assert run(results) == ([], True)
+    assert run(results_of(done)) == ([], True)
+    assert not others & set(contents(done))
 
 
 # Refused -----------------------------------------------------------------------------------------
+
+WAY_OUT = "choose another --outpath, or --overwrite"
 
 
 def refusal(results: ResultFolder) -> str:
@@ -239,13 +202,12 @@ def refusal(results: ResultFolder) -> str:
 
 def test_folder_of_another_run_is_refused(done):
     other = {"model": "modelB2", "options": {"beta": 1.0, "steps": 5}}
-    message = refusal(results_of(done, identity=other))
-    way_out = "choose another --outpath, or --overwrite"
     differing = "beta (0.5 there, 1.0 now), steps (None there, 5 now)"
-    assert message == f"{done / 'run.json'} is of another run: {differing}; {way_out}"
+    message = f"{done / 'run.json'} is of another run: {differing}; {WAY_OUT}"
+    assert refusal(results_of(done, identity=other)) == message
     assert not results_of(done, identity=other, overwrite=True).check()
     message = refusal(results_of(done, identity=other, overwrite=True, chosen=[1]))
-    assert message.endswith(f"{way_out} without --run-folds")  # the record is of the others, too
+    assert message.endswith(f"{WAY_OUT} without --run-folds")  # the record is of the others, too
 
 
 @pytest.mark.parametrize(
@@ -253,37 +215,25 @@ def test_folder_of_another_run_is_refused(done):
 )
 def test_results_without_a_record_are_in_the_way(tmp_path, name):
     write(tmp_path, [name])
-    message = refusal(results_of(tmp_path))
-    assert message == f"{tmp_path / name} is in the way; choose another --outpath, or --overwrite"
+    assert refusal(results_of(tmp_path)) == f"{tmp_path / name} is in the way; {WAY_OUT}"
     assert run(results_of(tmp_path, overwrite=True)) == ([0, 1, 2], True)
 
 
-@pytest.mark.parametrize(("name", "value"), [("finished", None), ("finished", "all"), ("device", [0])])
-def test_damaged_entries(done, name, value):
-    write(done, ["run.json"], json.dumps(record_of(done) | {name: value}))
-    assert f"run.json: is damaged: '{name}' is" in refusal(results_of(done))
-
-
-def test_list_that_was_edited(done):
-    write(done, ["run.json"], json.dumps(record_of(done) | {"finished": ["summary", [1], {}, 0, "0", 7, 1]}))
+def test_damaged_record(done):
+    whole = (done / "run.json").read_text()
+    for damaged, words in [
+        *((json.dumps(json.loads(whole) | {"finished": value}), "'finished' is") for value in (None, "all")),
+        (json.dumps(json.loads(whole) | {"device": [0]}), "run.json: is damaged: 'device' is"),
+        ('{"model": ', "cannot be read as JSON"), ('{"device": 5}', "is of another run"),
+    ]:  # fmt: skip
+        write(done, ["run.json"], damaged)
+        assert words in refusal(results_of(done))
+    write(done, ["run.json"], whole)
+    edit(done, finished=["summary", [1], {}, 0, "0", 7, 1])  # what no part is called is ignored
     assert run(results_of(done)) == ([2], True)
     assert record_of(done)["finished"] == [0, 1, 2, "summary"]
-
-
-@pytest.mark.parametrize(
-    ("content", "words"), [('{"model": ', "cannot be read as JSON"), ('{"device": 5}', "is of another run")]
-)
-def test_damaged_record(done, content, words):
-    write(done, ["run.json"], content)
-    assert words in refusal(results_of(done))
+    write(done, ["run.json"], "{")
     assert run(results_of(done, overwrite=True)) == ([0, 1, 2], True)
-
-
-def test_outpath_that_is_or_lies_below_a_file(tmp_path):
-    (tmp_path / "file").touch()
-    for place in (tmp_path / "file", tmp_path / "file" / "below"):
-        with pytest.raises(InputError, match=rf"--outpath {place}: {tmp_path / 'file'} is not a folder"):
-            results_of(place).check()
 
 
 # Overwriting -------------------------------------------------------------------------------------
@@ -293,7 +243,6 @@ def test_overwriting_all_spares_what_is_not_the_commands(done):
     write(done, ["map_f7.nii", ".partial-map_f7.nii", ".lock-fold_7", "progress_f1.pth"])  # of a larger run
     results = results_of(done, overwrite=True, identity={"model": "other"})
     assert not results.check(Mock(side_effect=AssertionError))
-    assert not results.is_finished()
     with results.at_work({}) as missing:
         assert missing == [0, 1, 2]
         assert set(contents(done)) == {*OTHERS, "run.json", *(f".lock-fold_{part}" for part in missing)}
@@ -304,24 +253,21 @@ def test_overwriting_all_spares_what_is_not_the_commands(done):
     assert run(results) == ([], False)
 
 
-TWELVE = range(12)
-
-
 @pytest.mark.parametrize("chosen", [[0], [1], [10], [1, 10]])
 def test_overwriting_some_parts_spares_the_others_and_the_record(tmp_path, chosen):
-    run(results_of(tmp_path, parts=TWELVE))
+    twelve, inspected = range(12), []
+    run(results_of(tmp_path, parts=twelve))
     write(tmp_path, ["table.csv"])
-    before, inspected = set(contents(tmp_path)), []
-    results = results_of(tmp_path, parts=TWELVE, chosen=chosen, overwrite=True)
+    before = set(contents(tmp_path))
+    results = results_of(tmp_path, parts=twelve, chosen=chosen, overwrite=True)
     assert results.check(inspected.append)
-    assert set(inspected) == set(TWELVE) - set(chosen)
+    assert set(inspected) == set(twelve) - set(chosen)
     assert results.unfinished() == chosen
     with results.at_work({}) as missing:
         assert missing == chosen
         gone = {name for part in chosen for name in names_of(part)} | set(FILES.summary)
-        locks = {f".lock-fold_{part}" for part in chosen}
-        assert set(contents(tmp_path)) == before - gone | locks
-        assert record_of(tmp_path)["finished"] == [part for part in TWELVE if part not in chosen]
+        assert set(contents(tmp_path)) == before - gone | {f".lock-fold_{part}" for part in chosen}
+        assert record_of(tmp_path)["finished"] == [part for part in twelve if part not in chosen]
     assert run(results) == (chosen, True)
 
 
@@ -332,11 +278,12 @@ import sys; sys.path.insert(0, "tests")
 from pathlib import Path
 from test_results import results_of, run
 folder, part = Path(sys.argv[1]), int(sys.argv[2])
+results = results_of(folder, parts=range(8), chosen=[part])
 if sys.argv[3] == "wait":
-    with results_of(folder, parts=range(8), chosen=[part]).at_work({}):
+    with results.at_work({}):
         print("ready", flush=True)
         input()
-print(run(results_of(folder, parts=range(8), chosen=[part])))
+print(run(results))
 """
 
 
@@ -348,12 +295,10 @@ def worker(folder: Path, part: int, what: str) -> subprocess.Popen:
 def test_part_that_another_process_works_on_is_refused(tmp_path):
     run(results_of(tmp_path, parts=range(8)))
     with worker(tmp_path, 7, "wait") as other:
-        assert other.stdout is not None
-        assert other.stdout.readline() == "ready\n"
+        assert other.stdout.readline() == "ready\n"  # type: ignore[union-attr]
         before = contents(tmp_path)
         for refused in ({"chosen": [0, 7]}, {}, {"overwrite": True}):
-            words = rf"^{re.escape(str(tmp_path))}: another process is at work on fold 7$"
-            with pytest.raises(InputError, match=words):
+            with pytest.raises(InputError, match=f"^{tmp_path}: another process is at work on fold 7$"):
                 run(results_of(tmp_path, parts=range(8), **refused))
         with pytest.raises(InputError, match=r"^--overwrite: another process is at work in "):
             run(results_of(tmp_path, overwrite=True))  # by a run of fewer folds, too

@@ -1,7 +1,6 @@
 """storage.py: locks, files that appear whole, records."""
 
 import os
-import re
 import shutil
 import signal
 import subprocess
@@ -32,19 +31,26 @@ with storage.locked(Path(sys.argv[1])):
     if os.fork() == 0:
         sys.stdout.close()
         time.sleep(60)
-    print("held", os.getpid(), flush=True)
+    print("held", flush=True)
     time.sleep(60)
+"""
+
+ADDER = """
+import sys; from internals import storage
+from pathlib import Path
+number, lock = map(Path, sys.argv[1:])
+for _ in range(100):
+    with storage.locked(lock):
+        number.write_text(str(int(number.read_text()) + 1))
 """
 
 
 def test_lock_is_released_when_its_holder_is_killed(tmp_path):
     lock = tmp_path / "lock"
+    command = [sys.executable, "-c", HOLDER, str(lock)]
     assert not storage.is_held(lock)
-    with subprocess.Popen(
-        [sys.executable, "-c", HOLDER, str(lock)], cwd=ROOT, stdout=subprocess.PIPE, start_new_session=True
-    ) as holder:
-        assert holder.stdout is not None
-        assert holder.stdout.readline().startswith(b"held")
+    with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, start_new_session=True) as holder:
+        assert holder.stdout.readline() == b"held\n"  # type: ignore[union-attr]
         assert storage.is_held(lock)
         with pytest.raises(BlockingIOError), storage.locked(lock, wait=False):
             pass
@@ -62,21 +68,11 @@ def test_locks_of_many_processes_exclude_each_other(tmp_path):
     """Four processes add one to a number, a hundred times each; the lock file comes and goes meanwhile."""
     number, lock = tmp_path / "number", tmp_path / "lock"
     number.write_text("0")
-    program = "import sys; from internals import storage; from pathlib import Path\n"
-    program += "number, lock = map(Path, sys.argv[1:])\n"
-    program += "for _ in range(100):\n with storage.locked(lock):\n"
-    program += "  number.write_text(str(int(number.read_text()) + 1))"
-    command = [sys.executable, "-c", program, str(number), str(lock)]
+    command = [sys.executable, "-c", ADDER, str(number), str(lock)]
     others = [subprocess.Popen(command, cwd=ROOT) for _ in range(4)]
     assert [other.wait() for other in others] == [0] * 4
     assert number.read_text() == "400"
     assert not lock.exists()
-
-
-def test_lock_in_a_folder_that_is_not_there_is_a_failure(tmp_path):
-    words = re.escape("models: cannot be written and locked (No such file")
-    with pytest.raises(Failure, match=words), storage.locked(tmp_path / "models" / "lock"):
-        pass
 
 
 # Files that appear whole -------------------------------------------------------------------------
@@ -101,35 +97,30 @@ def write(path: Path, text: str, then: Callable[[], object] = lambda: None) -> N
 
 def test_after_an_error_the_old_file_is_there_and_no_other(tmp_path):
     (tmp_path / "a.csv").write_text("old")
-    with pytest.raises(KeyboardInterrupt):
-        write(tmp_path / "a.csv", "half", Mock(side_effect=KeyboardInterrupt))
-    assert contents(tmp_path) == {"a.csv": b"old"}
-    with pytest.raises(Failure, match=r"a\.csv: cannot be written \(No space left on device\); what was fin"):
-        write(tmp_path / "a.csv", "half", Mock(side_effect=OSError(28, "No space left on device")))
-    assert contents(tmp_path) == {"a.csv": b"old"}
+    full = OSError(28, "No space left on device")
+    for text, end, error, words in [
+        ("half", KeyboardInterrupt, KeyboardInterrupt, None),
+        ("half", full, Failure, r"a\.csv: cannot be written \(No space left on device\); what was finished"),
+        ("", None, RuntimeError, "nothing was written"),
+    ]:
+        with pytest.raises(error, match=words):
+            write(tmp_path / "a.csv", text, Mock(side_effect=end))
+        assert contents(tmp_path) == {"a.csv": b"old"}
     write(tmp_path / "a.csv", "new")
     assert contents(tmp_path) == {"a.csv": b"new"}
 
 
-def test_a_file_that_nobody_writes_is_an_error(tmp_path):
-    with pytest.raises(RuntimeError, match="nothing was written"):
-        write(tmp_path / "a.csv", "")
-    assert contents(tmp_path) == {}
-
-
-def test_folder_that_goes_while_a_file_is_written_is_a_failure(tmp_path):
-    folder = tmp_path / "models"
+def test_folder_that_goes_or_cannot_be_made_is_a_failure(tmp_path):
+    folder, gone = tmp_path / "a" / "models", r"cannot be written{} \(No such file"
+    with pytest.raises(Failure, match="models: " + gone.format(" and locked")):
+        storage.locked(folder / "lock").__enter__()
     storage.make_folder(folder)
-    words = re.escape("a.csv: cannot be written (No such file")
-    with pytest.raises(Failure, match=words):
+    with pytest.raises(Failure, match=r"a\.csv: " + gone.format("")):
         write(folder / "a.csv", "whole", lambda: shutil.rmtree(folder))
     assert not folder.exists()
-
-
-def test_folder_that_cannot_be_made_is_a_failure(tmp_path):
-    (tmp_path / "file").touch()
-    with pytest.raises(Failure, match=r"file/models: cannot be made \(Not a directory\)"):
-        storage.make_folder(tmp_path / "file" / "models")
+    folder.touch()
+    with pytest.raises(Failure, match=r"models/below: cannot be made \(Not a directory\)"):
+        storage.make_folder(folder / "below")
 
 
 def test_leftovers_go_and_nothing_else(tmp_path):
@@ -141,15 +132,11 @@ def test_leftovers_go_and_nothing_else(tmp_path):
     assert set(contents(tmp_path)) == set(left)
 
 
-def test_tensors_have_the_same_bytes_under_any_name(tmp_path):
-    record = {"weight": torch.arange(5.0), "epoch": 3}
+def test_tensors_have_the_same_bytes_under_any_name_and_tables_keep_every_digit(tmp_path):
     for name in ("a.pth", "b.pth"):
-        storage.write_tensors(record, tmp_path / name)
+        storage.write_tensors({"weight": torch.arange(5.0), "epoch": 3}, tmp_path / name)
     assert (tmp_path / "a.pth").read_bytes() == (tmp_path / "b.pth").read_bytes()
     assert torch.load(tmp_path / "a.pth", weights_only=True)["epoch"] == 3
-
-
-def test_csv_keeps_every_digit(tmp_path):
     values = np.random.default_rng(0).random(50) * 10.0 ** np.arange(-25, 25)
     storage.write_csv(pd.DataFrame({"path": ["a, b"] * 50, "value": values}), tmp_path / "a.csv")
     lines = (tmp_path / "a.csv").read_bytes().decode().split("\n")
@@ -160,26 +147,20 @@ def test_csv_keeps_every_digit(tmp_path):
 # Records -----------------------------------------------------------------------------------------
 
 
-def test_json_round_trip(tmp_path):
-    record = {"a": [1.0 / 3, None], "b": {"é": "x"}}
-    storage.write_json(record, tmp_path / "run.json")
-    assert storage.read_json(tmp_path / "run.json") == record
-
-
 DEEP, LONG = b'{"a":' * 10**5, b'{"a": ' + b"1" * 5000 + b"}"
 LARGE = b"{}" + b" " * storage.RECORD_SIZE
 
 
 @pytest.mark.parametrize(
-    ("content", "words"),
-    [*((text, "JSON") for text in (None, b"", b"{", b"[1]", b"\xff\xfe", DEEP, LONG)),
-     (LARGE, ": is no record of a run")],
+    "content", [None, b"", b"{", b"[1]", b"\xff\xfe", DEEP, LONG, LARGE],
     ids=["none", "empty", "cut", "list", "binary", "deep", "long number", "large"],
 )  # fmt: skip
-def test_json_errors(tmp_path, content, words):
-    path = tmp_path / "run.json"
-    if content is not None:
-        path.write_bytes(content)
+def test_json(tmp_path, content):
+    path, record = tmp_path / "run.json", {"a": [1.0 / 3, None], "b": {"é": "x"}}
+    storage.write_json(record, path)
+    assert storage.read_json(path) == record
+    path.unlink() if content is None else path.write_bytes(content)
+    words = ": is no record of a run" if content == LARGE else "JSON"
     with pytest.raises(InputError, match=rf"run\.json.*{words}"):
         storage.read_json(path)
 
@@ -192,16 +173,11 @@ def test_entry():
             storage.entry(record, "k", int, lambda k: k > 2)
 
 
-def test_sha256(tmp_path):
-    (tmp_path / "a").write_bytes(b"abc")
-    # the example of FIPS 180-2, appendix B.1
+def test_sha256_and_versions(tmp_path):
+    (tmp_path / "a").write_bytes(b"abc")  # the example of FIPS 180-2, appendix B.1
     expected = "ba7816bf8f01cfea414140de5dae2223b00361a396177a9cb410ff61f20015ad"
     assert storage.file_sha256(tmp_path / "a") == expected
     with pytest.raises(InputError, match=r"b: no such file$"):
         storage.file_sha256(tmp_path / "b")
-
-
-def test_versions_name_python_and_every_package():
-    found = storage.package_versions()
-    assert set(found) == {"python", *storage.PACKAGES}
-    assert found["torch"].split("+")[0] == torch.__version__.split("+")[0]
+    assert set(storage.package_versions()) == {"python", *storage.PACKAGES}
+    assert storage.package_versions()["torch"].split("+")[0] == torch.__version__.split("+")[0]

@@ -1,8 +1,9 @@
 """training.py: epochs, early stopping, losses that are not finite, and a state that is saved and restored."""
 
-import itertools
+import copy
 import random
 from pathlib import Path
+from unittest.mock import DEFAULT, Mock
 
 import numpy as np
 import pytest
@@ -29,10 +30,9 @@ def new_state(seed: int = 0) -> TrainingState:
     return training.new_state(assemble(((3, 2),), (6, 7, 8), width=2).float(), 1e-2, 1e-3, CPU)
 
 
-def scans(n: int = 5) -> TensorDataset:
-    return TensorDataset(
-        torch.rand(n, 1, 6, 7, 8, generator=torch.Generator().manual_seed(1)), torch.arange(n) % 2
-    )
+def scans() -> TensorDataset:
+    volumes = torch.rand(5, 1, 6, 7, 8, generator=torch.Generator().manual_seed(1))
+    return TensorDataset(volumes, torch.arange(5) % 2)
 
 
 def shuffled() -> DataLoader:
@@ -50,13 +50,12 @@ def equal(first: dict[str, Tensor], second: dict[str, Tensor]) -> bool:
 # An epoch ----------------------------------------------------------------------------------------
 
 
-def test_epoch_is_a_plain_loop_over_the_scans():
-    """The loop of PyTorch's documentation; the mean loss is over scans, the last batch being smaller."""
-    state, plain = new_state(), new_state()
+def test_epoch_and_prediction_are_plain_loops_over_the_scans():
+    """The loop of PyTorch's documentation; mean losses are over scans, the last batch being smaller."""
+    state, plain, losses = new_state(), new_state(), []
     torch.manual_seed(3)  # of dropout
     loss = training.train_epoch(state, in_order(scans()), "fp32", "fold 0")
     torch.manual_seed(3)
-    losses = []
     plain.model.train()
     for volume, label in in_order(scans()):
         plain.optimiser.zero_grad()
@@ -68,39 +67,33 @@ def test_epoch_is_a_plain_loop_over_the_scans():
     assert equal(state.model.state_dict(), plain.model.state_dict())
     assert not equal(state.model.state_dict(), new_state().model.state_dict())
 
-
-@pytest.mark.parametrize("batch", [1, 2, 3])
-def test_epoch_stops_at_a_loss_that_is_not_finite(batch):
-    """It is looked at one step late, the last one's at the end."""
-    dataset = scans()
-    dataset.tensors[0][2 * (batch - 1)] = torch.inf
-    with pytest.raises(InputError, match=rf"^fold 7, batch {batch}: the loss is nan; .* try a lower --lr$"):
-        training.train_epoch(new_state(), in_order(dataset), "fp32", "fold 7")
-
-
-def test_prediction_is_the_networks_answer_in_evaluation_mode():
-    state, dataset = new_state(), scans()
-    training.train_epoch(state, in_order(dataset), "fp32", "")  # BatchNorm's statistics are its own then
-    logits, labels = training.predict(state.model, in_order(dataset))
-    volumes, wanted = dataset.tensors
-    with torch.no_grad():
-        expected = state.model.eval()(volumes)
+    volumes, wanted = scans().tensors
+    logits, labels = training.predict(state.model, in_order(scans()))
+    expected = plain.model.eval()(volumes)
     # float32 sums of another order: all scans at once here, two there
     assert torch.allclose(logits, expected, rtol=0, atol=1e-6)
     assert torch.equal(labels, wanted)
     assert not logits.requires_grad
-    loss, accuracy = training.evaluate(state.model, in_order(dataset))
-    assert loss == pytest.approx(
-        F.cross_entropy(expected, wanted).item(), abs=1e-6
-    )  # over scans, not batches
-    assert accuracy == pytest.approx((expected.argmax(1) == wanted).float().mean().item())
+    found = training.evaluate(state.model, in_order(scans()))
+    right = (expected.argmax(1) == wanted).double().mean().item()
+    assert found == pytest.approx((F.cross_entropy(expected, wanted).item(), right), abs=1e-6)
+
+
+@pytest.mark.parametrize("batch", [1, 2, 3])
+def test_training_stops_at_a_loss_that_is_not_finite(tmp_path, batch):
+    """It is looked at one step late, the last one's at the end."""
+    dataset, progress = scans(), tmp_path / "progress.pth"
+    dataset.tensors[0][2 * (batch - 1)] = torch.inf
+    words = rf"^fold 7, epoch 1, batch {batch}: the loss is nan; .* try a lower --lr$"
+    with pytest.raises(InputError, match=words):
+        training.train(new_state(), in_order(dataset), in_order(scans()), SCHEDULE, progress, "fold 7")
+    assert not progress.exists()
 
 
 def test_plain_weights_are_copies_in_the_published_layout():
-    model = assemble(((3, 1), (3, 2)), (6, 7, 8))
-    model = model.to(memory_format=torch.channels_last_3d)  # type: ignore[call-overload]
-    kept = training.plain_weights(model)
-    expected = {key: value.clone() for key, value in model.state_dict().items()}
+    layout = torch.channels_last_3d
+    model = assemble(((3, 1), (3, 2)), (6, 7, 8)).to(memory_format=layout)  # type: ignore[call-overload]
+    kept, expected = training.plain_weights(model), copy.deepcopy(model.state_dict())
     assert not model.state_dict()["features.4.weight"].is_contiguous()
     assert all(value.is_contiguous() for value in kept.values())
     with torch.no_grad():
@@ -131,20 +124,11 @@ def stubbed(monkeypatch, folder: Path, losses: list[float], patience: int = 10, 
 
 @pytest.mark.parametrize(
     ("losses", "patience", "delta", "best", "epochs"),
-    [
-        ([3, 2, 1], 1, 0, 3, 3),
-        ([1, 2, 3, 4], 10, 0, 1, 4),
-        ([1, 2, 3, 0.5], 2, 0, 1, 3),
-        ([1, 2, 3, 0.5], 3, 0, 4, 4),
-        ([1, 2, 0.9, 2, 0.8, 2, 2, 0.1], 2, 0, 5, 7),
-        ([1, 1, 1, 1], 3, 0, 1, 4),
-        ([1, 0.95, 0.91, 0.85, 0.8], 10, 0.1, 4, 5),
-        ([1, 0.95, 0.91, 0.85, 0.8], 2, 0.1, 1, 3),
-        ([1, 0.75], 10, 0.25, 1, 2),
-        ([9, 2], 10, 100, 1, 2),
-        ([5], 1, 0, 1, 1),
-    ],
-)
+    [([3, 2, 1], 1, 0, 3, 3), ([1, 2, 3, 0.5], 2, 0, 1, 3), ([1, 2, 3, 0.5], 3, 0, 4, 4),
+     ([1, 2, 0.9, 2, 0.8, 2, 2, 0.1], 2, 0, 5, 7), ([1, 1, 1, 1], 3, 0, 1, 4),
+     ([1, 0.95, 0.91, 0.85, 0.8], 10, 0.1, 4, 5), ([1, 0.95, 0.91, 0.85, 0.8], 2, 0.1, 1, 3),
+     ([1, 0.75], 10, 0.25, 1, 2), ([9, 2], 10, 100, 1, 2), ([5], 1, 0, 1, 1)],
+)  # fmt: skip
 def test_early_stopping(monkeypatch, tmp_path, losses, patience, delta, best, epochs):
     state = stubbed(monkeypatch, tmp_path, losses, patience, delta)
     assert state.best_weights["classifier.3.bias"].tolist() == [best, best]
@@ -157,9 +141,8 @@ def test_early_stopping(monkeypatch, tmp_path, losses, patience, delta, best, ep
 
 @pytest.mark.parametrize("losses", [[float("nan")], [1.0, float("inf")]])
 def test_validation_loss_that_is_not_finite_stops(monkeypatch, tmp_path, losses):
-    with pytest.raises(
-        InputError, match=rf"^fold 0, epoch {len(losses)}, validation: the loss is (nan|inf);"
-    ):
+    words = rf"^fold 0, epoch {len(losses)}, validation: the loss is {losses[-1]};"
+    with pytest.raises(InputError, match=words):
         stubbed(monkeypatch, tmp_path, losses)
     assert (tmp_path / "progress.pth").exists() == (len(losses) > 1)  # of the epoch before
 
@@ -167,22 +150,17 @@ def test_validation_loss_that_is_not_finite_stops(monkeypatch, tmp_path, losses)
 # Saved and restored ------------------------------------------------------------------------------
 
 
-def everything(state: TrainingState, shuffling: torch.Generator) -> dict[str, object]:
+def everything(state: TrainingState, shuffling: torch.Generator) -> object:
     """All that the next epoch depends on, seconds left out, comparable by ==."""
-    weights = {**state.model.state_dict(), **{f"best {k}": v for k, v in state.best_weights.items()}}
-    moments = {
-        f"{number} {name}": value
-        for number, entries in state.optimiser.state_dict()["state"].items()
-        for name, value in entries.items()
-    }
-    found = {name: value.numpy().tobytes() for name, value in {**weights, **moments}.items()}
-    generators = [torch.get_rng_state().tolist(), shuffling.get_state().tolist()]
-    drawn = [random.getstate(), str(np.random.get_state())]
-    course = [[row[:-1] for row in state.history], state.best_loss, state.epochs_without_improvement]
-    return {**found, "random": [*generators, *drawn], "course": course, "devices": state.devices}
+    moments = [value for of in state.optimiser.state_dict()["state"].values() for value in of.values()]
+    tensors = [*state.model.state_dict().values(), *state.best_weights.values(), *moments]
+    tensors += [torch.get_rng_state(), shuffling.get_state()]
+    plain = [tensor.numpy().tobytes() for tensor in tensors], [row[:-1] for row in state.history]
+    drawn = random.getstate(), str(np.random.get_state())
+    return *plain, drawn, state.best_loss, state.epochs_without_improvement, state.devices
 
 
-def train(folder: Path, seed: int, schedule: Schedule = SCHEDULE) -> tuple[TrainingState, dict[str, object]]:
+def train(folder: Path, seed: int, schedule: Schedule = SCHEDULE) -> tuple[TrainingState, object]:
     state, loader = new_state(seed), shuffled()
     for seeded in (random.seed, np.random.seed, torch.manual_seed):
         seeded(seed)
@@ -193,26 +171,19 @@ def train(folder: Path, seed: int, schedule: Schedule = SCHEDULE) -> tuple[Train
 @pytest.mark.parametrize("epoch", [1, 2, 4])
 def test_training_goes_on_bit_for_bit(tmp_path, monkeypatch, capsys, epoch):
     """It ends in the middle of an epoch; another process, of other weights and random states, goes on."""
-    (tmp_path / "whole").mkdir()
-    _, expected = train(tmp_path / "whole", seed=0)
-    honest, calls = training.evaluate, itertools.count(1)
-
-    def evaluate(*args):
-        if next(calls) == epoch:
-            raise KeyboardInterrupt
-        return honest(*args)
-
+    (whole := tmp_path / "whole").mkdir()
+    _, expected = train(whole, seed=0)
     with monkeypatch.context() as patch:
-        patch.setattr(training, "evaluate", evaluate)
+        ends = [DEFAULT] * (epoch - 1) + [KeyboardInterrupt]
+        patch.setattr(training, "evaluate", Mock(wraps=training.evaluate, side_effect=ends))
         with pytest.raises(KeyboardInterrupt):
             train(tmp_path, seed=0)
     capsys.readouterr()
     again = 0 if epoch == 1 else 9  # there is nothing to go on from before the first epoch's end
     _, found = train(tmp_path, seed=again)
-    said = f"fold 0: goes on after epoch {epoch - 1}\n"
-    assert capsys.readouterr().out.startswith(said) == (epoch > 1)
+    assert capsys.readouterr().out.startswith(f"fold 0: goes on after epoch {epoch - 1}\n") == (epoch > 1)
     assert found == expected
-    assert found != train(tmp_path / "whole", seed=0, schedule=Schedule(5, 9, 0, "fp32"))[1]
+    assert found != train(whole, 0, Schedule(5, 9, 0, "fp32"))[1]
 
 
 def test_state_names_the_devices_that_it_was_trained_on(tmp_path, monkeypatch):
@@ -220,32 +191,21 @@ def test_state_names_the_devices_that_it_was_trained_on(tmp_path, monkeypatch):
     assert train(tmp_path, 0)[0].devices == [here]
     monkeypatch.setattr(devices, "describe", lambda device: card)
     assert train(tmp_path, 0)[0].devices == [here]  # nothing was left to train
-    assert train(tmp_path, 0, Schedule(5, 9, 0, "fp32"))[0].devices == [here, card]
-    assert train(tmp_path, 0, Schedule(6, 9, 0, "fp32"))[0].devices == [here, card]
+    for epochs in (5, 6):
+        assert train(tmp_path, 0, Schedule(epochs, 9, 0, "fp32"))[0].devices == [here, card]
 
 
-def of_another_network(path: Path) -> None:
-    state = training.new_state(models.build_model("modelB1", (94, 94, 94)), 1e-3, 0, CPU)
-    state.save(path, torch.Generator())
-
-
-def without_a_key(path: Path) -> None:
-    """As an earlier version wrote it."""
-    saved = torch.load(path, weights_only=True)
-    torch.save({"course" if name == "state" else name: value for name, value in saved.items()}, path)
-
-
-@pytest.mark.parametrize(
-    "damage",
-    [
-        lambda path: path.write_bytes(path.read_bytes()[:-1000]),
-        lambda path: path.write_bytes(b"progress"),
-        of_another_network,
-        without_a_key,
-    ],
-)
+@pytest.mark.parametrize("damage", ["cut", "text", "of another network", "of an earlier version"])
 def test_progress_that_is_damaged_is_refused(tmp_path, damage):
     train(tmp_path, 0)
-    damage(tmp_path / "progress.pth")
+    path = tmp_path / "progress.pth"
+    if damage == "of another network":
+        model = models.build_model("modelB1", (94, 94, 94))
+        training.new_state(model, 1e-3, 0, CPU).save(path, torch.Generator())
+    elif damage == "of an earlier version":
+        saved = torch.load(path, weights_only=True)
+        torch.save({"course" if name == "state" else name: value for name, value in saved.items()}, path)
+    else:
+        path.write_bytes(path.read_bytes()[:-1000] if damage == "cut" else b"progress")
     with pytest.raises(InputError, match=r"progress\.pth: is damaged \(\w+\); remove it to train this fold"):
         train(tmp_path, 0)

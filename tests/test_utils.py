@@ -25,15 +25,10 @@ def test_parser_mistakes_are_input_errors():
 
 @pytest.mark.parametrize(
     ("options", "text", "expected"),
-    [
-        ({"kind": int}, "-3", -3),
-        ({"kind": int, "at_least": 1}, "1", 1),
-        ({"kind": int, "at_most": 4}, "4", 4),
-        ({"kind": float, "above": 0}, "1e-4", 1e-4),
-        ({"kind": float, "at_least": 0}, "0", 0.0),
-        ({"kind": float, "above": 0, "below": 1}, "0.99", 0.99),
-    ],
-)
+    [({"kind": int}, "-3", -3), ({"kind": int, "at_least": 1}, "1", 1), ({"kind": int, "at_most": 4}, "4", 4),
+     ({"kind": float, "above": 0}, "1e-4", 1e-4), ({"kind": float, "at_least": 0}, "0", 0.0),
+     ({"kind": float, "above": 0, "below": 1}, "0.99", 0.99)],
+)  # fmt: skip
 def test_number(options, text, expected):
     value = utils.bounded(**options)(text)
     assert value == expected
@@ -41,37 +36,27 @@ def test_number(options, text, expected):
 
 
 @pytest.mark.parametrize(
-    ("options", "text", "words"),
-    [
-        ({"kind": int, "at_least": 1}, "0", "'0' is not an integer >= 1"),
-        ({"kind": int, "at_least": 1}, "1.5", "'1.5' is not an integer >= 1"),
-        ({"kind": int}, "one", "'one' is not an integer"),
-        ({"kind": int, "at_most": 4}, "5", "<= 4"),
-        ({"kind": float, "above": 0}, "0", "'0' is not a number > 0"),
-        ({"kind": float}, "nan", "'nan' is not a number"),
-        ({"kind": float}, "inf", "'inf' is not a number"),
-        ({"kind": float, "above": 0}, "-inf", "> 0"),
-        ({"kind": float, "above": 0, "below": 1}, "1", "> 0 and < 1"),
-        ({"kind": float}, "", "'' is not a number"),
-    ],
-)
-def test_number_out_of_bounds(options, text, words):
+    ("options", "text", "wanted"),
+    [({"kind": int, "at_least": 1}, "0", "an integer >= 1"), ({"kind": int}, "1.5", "an integer"),
+     ({"kind": int}, "one", "an integer"), ({"kind": int, "at_most": 4}, "5", "an integer <= 4"),
+     ({"kind": float, "above": 0}, "0", "a number > 0"), ({"kind": float}, "nan", "a number"),
+     ({"kind": float}, "inf", "a number"), ({"kind": float, "above": 0}, "-inf", "a number > 0"),
+     ({"kind": float, "above": 0, "below": 1}, "1", "a number > 0 and < 1"),
+     ({"kind": float}, "", "a number")],
+)  # fmt: skip
+def test_number_out_of_bounds(options, text, wanted):
     with pytest.raises(argparse.ArgumentTypeError) as error:
         utils.bounded(**options)(text)
-    assert words in str(error.value)
+    assert str(error.value) == f"'{text}' is not {wanted}"
 
 
-def test_choose_folds():
-    assert utils.choose_folds(None, 3) == [0, 1, 2]
-    assert utils.choose_folds([2, 0, 2], 3) == [0, 2]
-    assert utils.choose_folds([0], 3) == [0]
-    with pytest.raises(InputError, match=r"--run-folds 3.*0 to 2"):
-        utils.choose_folds([0, 3], 3)
-
-
-def test_say_kept(capsys):
+def test_folds_that_are_chosen(capsys):
     utils.say_kept([0, 2, 5], [2])
     assert capsys.readouterr().out == "fold 0: finished before, kept\nfold 5: finished before, kept\n"
+    chosen = [utils.choose_folds(wanted, 3) for wanted in (None, [2, 0, 2], [0])]
+    assert chosen == [[0, 1, 2], [0, 2], [0]]
+    with pytest.raises(InputError, match=r"--run-folds 3.*0 to 2"):
+        utils.choose_folds([0, 3], 3)
 
 
 # Threads and seeds -------------------------------------------------------------------------------
@@ -90,23 +75,20 @@ def test_threads_work_at_once_and_answer_in_order(capsys, name):
 
 
 def test_folds_have_seeds_of_their_own():
-    seeds = [utils.fold_seed(seed, fold) for seed in range(3) for fold in range(5)]
+    seeds, again = ([utils.fold_seed(seed, fold) for seed in range(3) for fold in range(5)] for _ in "12")
     assert len(set(seeds)) == 15
-    assert [utils.fold_seed(seed, fold) for seed in range(3) for fold in range(5)] == seeds
+    assert again == seeds
     assert all(0 <= seed < 2**32 for seed in seeds)
 
 
-def test_seed_sets_every_generator():
-    def draw() -> tuple[float, float, float]:
-        return random.random(), float(np.random.random()), float(torch.rand(()))
+def drawn(seed: int) -> tuple[float, float, float]:
+    utils.seed_everything(seed)
+    return random.random(), float(np.random.random()), float(torch.rand(()))
 
-    utils.seed_everything(7)
-    first = draw()
-    utils.seed_everything(8)
-    second = draw()
-    utils.seed_everything(7)
-    assert draw() == first
+
+def test_seed_sets_every_generator():
+    first, second, again = map(drawn, (7, 8, 7))
+    assert again == first
     assert all(a != b for a, b in zip(first, second, strict=True))
     utils.seed_everything(2**32 + 7)  # a seed beyond numpy's is no reason to fail
-    assert torch.backends.cudnn.deterministic
-    assert not torch.backends.cudnn.benchmark
+    assert (torch.backends.cudnn.deterministic, torch.backends.cudnn.benchmark) == (True, False)

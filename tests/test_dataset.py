@@ -42,7 +42,7 @@ NAMED = [["a.nii", 0, "007"], ["sub/b.nii", 1, "NA"]]
     ("text", "expected"),
     [("a.nii,0\nsub/b.nii,1", PLAIN), ("a.nii, 0 \n sub/b.nii ,1\n", PLAIN),
      ('\ufeff"a.nii","0"\r\n\r\n"sub/b.nii",1\r\n\r\n', PLAIN),
-     ("path,label\na.nii,0\nsub/b.nii,1\n", PLAIN), ("label,path\r\n0,a.nii\r\n1,sub/b.nii\r\n", PLAIN),
+     ("path,label\na.nii,0\nsub/b.nii,1\n", PLAIN), (" label,Path\r\n0,a.nii\r\n1,sub/b.nii\r\n", PLAIN),
      ("\ufeffpath,label,subject\na.nii,0,007\nsub/b.nii,1,NA\n", NAMED),
      ("subject,age,label,path\n007,61,0,a.nii\nNA,,1,sub/b.nii\n", NAMED)],
 )  # fmt: skip

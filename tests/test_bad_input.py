@@ -387,17 +387,6 @@ def test_malformed_input_is_one_line(row: Row, world, capsys, caplog, recwarn):
     assert [str(w.message) for w in recwarn if not issubclass(w.category, hidden)] + caplog.messages == []
 
 
-@pytest.mark.parametrize(
-    ("command", "options", "made"),
-    [("svm", "--C 1", "out/SVM/map_all.nii.gz"), ("overlap", "", "out/overlap.csv")],
-)
-def test_good_input_is_good(command, options, made, world, capsys):
-    """What the rows spoil works as it is; the fixtures show so of the other commands."""
-    assert COMMANDS[command].main(f"{GOOD[command]} {options}".split()) == 0
-    assert Path(made).is_file()
-    assert capsys.readouterr().err == ""
-
-
 @pytest.mark.parametrize("command", COMMANDS)
 def test_every_option_is_named_in_a_message(command):
     parser: argparse.ArgumentParser = COMMANDS[command].get_parser()

@@ -84,9 +84,6 @@ def at(world, tmp_path) -> World:
     return world._replace(folder=tmp_path)
 
 
-# The disk ------------------------------------------------------------------------------------------
-
-
 def test_every_file_of_every_command_is_written_as_a_whole(world):
     files = {path for place in COMMANDS for path in (world.folder / place).rglob("*") if path.is_file()}
     assert files - world.written == set()
@@ -157,9 +154,6 @@ def test_full_disk_is_one_line_and_the_call_goes_on(at, world, full, monkeypatch
     monkeypatch.undo()
     assert at.call(place) == 0
     assert results(at.folder / place) == results(world.folder / place)
-
-
-# Processes and memory ------------------------------------------------------------------------------
 
 
 def test_killed_reading_process_is_one_line(at, monkeypatch, capfd):

@@ -72,8 +72,6 @@ def patch(raw: bytes, changes: list[tuple[int, bytes]]) -> bytes:
     return bytes(content)
 
 
-# CSVs --------------------------------------------------------------------------------------------
-
 FRAGMENTS = [
     *["path", "label", "subject", "a.nii", "0", "1", "~", "~x/a", "..", "/", "é", '"', ",", ",", ",", "\n"],
     *["\n", "\n", "\r", " ", "\0", "\t", "\u2028", "\ufeff", "a" * 300, "$(x)", "{0}", "%s", "\x1b[31m"],
@@ -94,9 +92,6 @@ def test_csv(folder, content: bytes):
         assert set(table["label"]) <= {0, 1}
         assert not table["file"].duplicated().any()
         attempt(dataset.check_grid, table)
-
-
-# Images ------------------------------------------------------------------------------------------
 
 
 # Offset, format and number of the fields that decide what is read.
@@ -144,8 +139,6 @@ def test_image(folder, data, kind, packed: bool, longer: int):
     assert np.allclose(place.affine, grid.affine, rtol=1e-5, atol=1e-5)
 
 
-# Records -----------------------------------------------------------------------------------------
-
 ATOMS = st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=9)
 JSON = st.recursive(
     ATOMS | st.sampled_from([0, 10**9, -1, "IG"]),
@@ -181,7 +174,6 @@ def record(folder) -> dict[str, Any]:
 
 
 def find(folder: Path, content: bytes, folds: bytes) -> Any:
-    """Look for a run of a record and folds."""
     (folder / "run" / "run.json").write_bytes(content)
     (folder / "run" / "folds.csv").write_bytes(folds)
     found = attempt(runs.find_run, folder / "run", None, None, None)
@@ -199,12 +191,6 @@ def test_run_record_and_folds(folder, record, data):
     lines = whole.splitlines(keepends=True)
     order = data.draw(st.just(lines) | st.lists(st.sampled_from(lines), min_size=1, max_size=20))
     find(folder, content, patch(b"".join(order), data.draw(patches(len(b"".join(order))))))
-
-
-@fuzz
-@given(st.binary(max_size=100) | st.sampled_from([b"[" * 10**5, b'{"a":' * 10**5, b"1" * 10**5, b"{}"]))
-def test_record_bytes(folder, record, content: bytes):
-    assert find(folder, content, (folder / "folds.csv").read_bytes()) is None
 
 
 IDENTITY, WEIGHTS = {"csv_sha256": "ab", "options": {"steps": 1}}, {"weights_sha256": "cd"}
@@ -229,9 +215,6 @@ def check_maps(method: Path, record: dict[str, Any], rows: bytes) -> Any:
 def test_map_record_and_subjects(folder, data):
     assert check_maps(folder / "maps" / "IG", MAP, ROWS)
     check_maps(folder / "maps" / "IG", replaced(MAP, data), patch(ROWS, data.draw(patches(len(ROWS)))))
-
-
-# Checkpoints -------------------------------------------------------------------------------------
 
 
 @fuzz

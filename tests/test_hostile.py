@@ -11,7 +11,6 @@ import struct
 import sys
 import time
 import zipfile
-from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
 
@@ -94,9 +93,6 @@ def set_header(path: Path, *fields: tuple[int, str, list]) -> Path:
     return path
 
 
-# Images --------------------------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize("given", ["--path", "--mask", "--reference"])
 def test_image(folder, run, given):
     """A header that claims 27 terabytes, and 32 GiB of zeros, packed, behind what a header declares."""
@@ -140,38 +136,27 @@ def test_names(folder):
     assert "\x1b" not in message
 
 
-# CSVs --------------------------------------------------------------------------------------------
+def many_cells() -> bytes:
+    rows = (b"%d.nii,%d%b\n" % (i, i % 2, b"," * 8000) for i in range(3750))
+    return b"path,label%b\n" % b"".join(b",%d" % i for i in range(8000)) + b"".join(rows)
 
 
-CSVS: dict[str, tuple[Callable[[], bytes], str]] = {
-    "1 GB": (lambda: b"", "is larger than 32 MiB"),
-    "field of 30 MB": (
-        lambda: b'"' + b"a" * 30_000_000 + b'",0\n',
-        "line 1 has more than 65536 characters",
-    ),
-    "thirty million cells": (
-        lambda: (
-            b"path,label%b\n" % b"".join(b",%d" % i for i in range(8000))
-            + b"".join(b"%d.nii,%d%b\n" % (i, i % 2, b"," * 8000) for i in range(3750))
-        ),
-        "3750 of 3750 scans cannot be used",
-    ),
-    "most rows": (
-        lambda: b"".join(b"%050d.nii,%d\n" % (i, i % 2) for i in range(dataset.MOST_ROWS)),
-        "200000 of 200000 scans cannot be used",
-    ),
-}
-
-
-@pytest.mark.parametrize(("content", "words"), CSVS.values(), ids=CSVS)
-def test_csv(folder, content, words):
+@pytest.mark.parametrize(
+    ("content", "size", "words"),
+    [
+        (lambda: b"", 10**9, "is larger than 32 MiB"),
+        (lambda: b'"%b",0\n' % (b"a" * 30_000_000), 0, "line 1 has more than 65536 characters"),
+        (many_cells, 0, "3750 of 3750 scans cannot be used"),
+        (lambda: b"".join(b"%050d.nii,%d\n" % (i, i % 2) for i in range(dataset.MOST_ROWS)), 0,
+         "200000 of 200000 scans cannot be used"),
+    ],
+    ids=["1 GB", "field of 30 MB", "thirty million cells", "most rows"],
+)  # fmt: skip
+def test_csv(folder, content, size, words):
     (folder / "data.csv").write_bytes(content())
-    if words.startswith("is larger"):
-        os.truncate(folder / "data.csv", 10**9)
+    if size:
+        os.truncate(folder / "data.csv", size)
     assert words in refused(folder, train_cv, "--path", "data.csv", "--model", "modelB1")
-
-
-# Checkpoints -------------------------------------------------------------------------------------
 
 
 class Payload:
@@ -184,24 +169,18 @@ class Payload:
         return self.call[0], self.call[1:]
 
 
-def explain(models: Path, whole: bool = False) -> str:
-    """What heatmap.py says of a run."""
-    return refused(models.parent, heatmap, "--method", "LRP", "--modelpath", models, whole=whole)
-
-
 def test_checkpoint_that_asks_for_more(run_copy, tmp_path):
     checkpoint, marker = run_copy / "state_dict_f0.pth", tmp_path / "ran"
     state = torch.load(checkpoint, weights_only=True)
+    call = tmp_path, heatmap, "--method", "LRP", "--modelpath", run_copy
     for payload in (Payload(bytearray, 10**11), Payload(os.system, f"touch '{marker}'")):
         torch.save({**state, "more": payload}, checkpoint)
-        message = explain(run_copy, whole=payload.call[0] is os.system)
+        message = refused(*call, whole=payload.call[0] is os.system)
         assert "state_dict_f0.pth: not a PyTorch state dict of plain tensors: it asks for" in message
         assert not marker.exists()
     torch.load(checkpoint, weights_only=False)  # the payload is live: it runs where it is let
     assert marker.exists()
-
-
-def test_checkpoint_that_unpacks_to_more(run_copy):
-    with zipfile.ZipFile(run_copy / "state_dict_f0.pth", "a", zipfile.ZIP_DEFLATED) as archive:
+    torch.save(state, checkpoint)
+    with zipfile.ZipFile(checkpoint, "a", zipfile.ZIP_DEFLATED) as archive:
         archive.writestr("more", bytes(2**28))
-    assert "unpacks to" in explain(run_copy)
+    assert "unpacks to" in refused(*call)

@@ -1,20 +1,15 @@
-"""Malformed inputs of the commands, each with the words of the one line it gets; and odd ones that are fine.
+"""Malformed inputs of the commands, each with the words of the one line it gets.
 
-    .venv/bin/python -m pytest -rP tests/test_bad_input.py
-
-prints every input with its message. What each reader detects is told in its own tests; here is what a command
-makes of it: status 2, one line that names file or option, nothing written.
+What each reader detects is told in its own tests; here is what a command makes of it: status 2, one line
+that names file or option, nothing written. `pytest -rP tests/test_bad_input.py` shows inputs and messages.
 """
 
 import argparse
 import ctypes
-import gzip
-import io
 import json
 import os
 import re
 import shutil
-import struct
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
@@ -22,14 +17,12 @@ from pathlib import Path
 from types import ModuleType
 from typing import NamedTuple
 
-import nibabel as nib
 import numpy as np
 import pytest
 import torch
 from cohorts import AFFINE, LABELS, MODEL, OBLIQUE, SHAPE, TRAINED, only_error, voxels, write_scan
 
 import heatmap
-import models
 import overlap
 import simulate
 import svm
@@ -74,12 +67,10 @@ def nothing() -> None:
 
 
 def both(*spoils: Spoil) -> Spoil:
-    """One after the other."""
     return lambda: [spoil() for spoil in spoils]
 
 
 def remove(path: str) -> Spoil:
-    """Remove a file."""
     return lambda: Path(path).unlink()
 
 
@@ -94,9 +85,8 @@ def write(path: str, content: str | bytes) -> Spoil:
     return spoil
 
 
-def rewrite(path: str, change: Callable[[bytes], bytes], source: str = "") -> Spoil:
-    """Change a file's content, or make the file of another's."""
-    return lambda: write(path, change(Path(source or path).read_bytes()))()
+def rewrite(path: str, change: Callable[[bytes], bytes]) -> Spoil:
+    return lambda: write(path, change(Path(path).read_bytes()))()
 
 
 def cut(path: str, count: int) -> Spoil:
@@ -104,25 +94,12 @@ def cut(path: str, count: int) -> Spoil:
     return rewrite(path, lambda raw: raw[:-count])
 
 
-def folder(path: str) -> Spoil:
-    """A folder where a file was."""
-    return lambda: (Path(path).unlink(missing_ok=True), Path(path).mkdir(parents=True))
+def image(path: str, values: np.ndarray, affine: np.ndarray = AFFINE) -> Spoil:
+    return lambda: (Path(path).unlink(missing_ok=True), write_scan(Path(path), values, affine))
 
 
-def image(path: str, values: np.ndarray, affine: np.ndarray = AFFINE, kind=nib.Nifti1Image) -> Spoil:
-    """Another image."""
-    return lambda: (Path(path).unlink(missing_ok=True), write_scan(Path(path), values, affine, kind))
-
-
-def header(path: str, start: int, layout: str, *values: float) -> Spoil:
-    """A scan with other values in its NIfTI header, from a byte on."""
-    fields = struct.pack(f"<{layout}", *values)
-    return rewrite(path, lambda raw: raw[:start] + fields + raw[start + len(fields) :], VICTIM)
-
-
-def csv(rows: list[tuple[object, ...]], head: str = "") -> Spoil:
-    """Another data.csv."""
-    return write("data.csv", head + "".join(",".join(map(str, cells)) + "\n" for cells in rows))
+def csv(rows: list[tuple[object, ...]]) -> Spoil:
+    return write("data.csv", "".join(",".join(map(str, cells)) + "\n" for cells in rows))
 
 
 def row(text: str) -> Spoil:
@@ -131,36 +108,19 @@ def row(text: str) -> Spoil:
 
 
 def record(path: str, **changes: object) -> Spoil:
-    """Other values in a JSON record; those of inner dicts are merged into them, None takes them out."""
-
-    def change(raw: bytes) -> bytes:
-        found = json.loads(raw)
-        for key, value in changes.items():
-            found[key] = found[key] | value if isinstance(value, dict) else value
-        kept = {key: value for key, value in found.items() if value is not None}
-        return (json.dumps(kept, indent=2) + "\n").encode()  # as the commands write it
-
-    return rewrite(path, change)
+    """Other values in a JSON record."""
+    # as the commands write it
+    return rewrite(path, lambda raw: (json.dumps(json.loads(raw) | changes, indent=2) + "\n").encode())
 
 
 def folds(pattern: str, replacement: str) -> Spoil:
     """Other rows in the run's folds.csv."""
-    pair = pattern.encode(), replacement.encode()
-    return rewrite(FOLDS, lambda raw: re.sub(*pair, raw, flags=re.MULTILINE))
-
-
-def checkpoint(content: object) -> Spoil:
-    """Something else in the checkpoint."""
-    stream = io.BytesIO()
-    torch.save(content, stream)
-    return write(CHECKPOINT, stream.getvalue())
+    return rewrite(FOLDS, lambda raw: re.sub(f"(?m){pattern}".encode(), replacement.encode(), raw))
 
 
 # The inputs ----------------------------------------------------------------------------------------
 
 VALUES = voxels(3)
-FLOATS = VALUES.astype(np.float32)
-NAN = np.where(VALUES.max() == VALUES, np.nan, FLOATS)
 BLOCK = np.zeros(SHAPE, np.uint8)  # what counts as brain: a hundred random maps of more would take minutes
 BLOCK[30:45, 30:45, 30:45] = 1
 PLAIN = [(f"scans/{i:03d}.nii", label) for i, label in enumerate(LABELS)]
@@ -173,49 +133,25 @@ OUT = "; choose another --outpath, or --overwrite"
 FILES: dict[str, list[tuple]] = {
     "train_cv": [
         ("CSV missing", remove("data.csv"), "data.csv: no such CSV"),
-        ("CSV a NIfTI file", rewrite("data.csv", bytes, VICTIM), "data.csv: cannot be read"),
-        ("CSV compressed", rewrite("a.csv.gz", gzip.compress, "data.csv"), "a.csv.gz: cannot be read",
-         "--path a.csv.gz"),
-        ("CSV with semicolons", rewrite("data.csv", lambda raw: raw.replace(b",", b";")), "found 1"),
         ("CSV with a third label", row(f"{VICTIM},2,0003"), "data.csv: row 5|'2'|not 0 or 1"),
-        ("CSV with one file by two paths", lambda: row(f"{Path('scans/000.nii').absolute()},0,0003")(),
-         "row 5|scans/000.nii|twice"),
         ("CSV with paths of nothing, named as they are written",
          csv([*PLAIN, ("/no/3.nii", 0), ("../3.nii", 0), ("~/no/3.nii", 0), (f"'{VICTIM}'", 0)]),
          f"4 of 16|/no/3.nii: no such|../3.nii: no such|~/no/3.nii: no such|'{VICTIM}': not a"),
         ("CSV of one class", csv([(path, 0) for path, _ in PLAIN]), "12 of label 0|0 of label 1"),
-        ("CSV whose controls are patients, too",
-         csv([(*cells, f"s{i // 2}") for i, cells in enumerate(PLAIN)], "path,label,subject\n"),
-         "3 stratified folds|of label 0", "--fold 3"),
         ("scan of text", write(VICTIM, "no image " * 99), f"1 of 12|{VICTIM}: |no NIfTI header"),
-        ("scan with NaN, cache on disk", image(VICTIM, NAN), f"1 of 12|{VICTIM}: |NaN", "--cache disk"),
-        ("scan, the first, of another shape", image("scans/000.nii", VALUES[:-1]),
-         "11 of 12|(94, 95, 96), the first scan has (93, 95, 96)"),
-        ("25 scans missing", csv([*PLAIN, *((f"no{i}.nii", 1) for i in range(25))]),
-         "25 of 37|no0.nii|no19.nii|5 more"),
+        ("scan constant, cache on disk", image(VICTIM, 0 * VALUES), f"1 of 12|{VICTIM}: |constant",
+         "--cache disk"),
         ("run, another", nothing, f"{RECORD}|epochs (2 there, 3 now)|{OUT}", "--outpath models --epochs 3"),
-        ("run of another CSV", row(f"{VICTIM},0,another"), f"{RECORD}|csv_sha256|{OUT}", "--outpath models"),
         ("checkpoint of text", write(CHECKPOINT, "x"), f"{CHECKPOINT}|state dict", "--outpath models"),
-        ("checkpoint of text, another fold to train",
-         both(write(CHECKPOINT, "x"), remove("models/state_dict_f0.pth")), CHECKPOINT, "--outpath models"),
         ("history of text", write(HISTORY, "x\n"), f"{HISTORY}|columns", "--outpath models"),
         ("folds edited", folds("^1,val", "1,train"), f"{FOLDS}|is not as this run wrote", "--outpath models"),
     ],
     "heatmap": [
-        ("CSV missing", remove("data.csv"), "data.csv: no such CSV"),
         ("CSV not the run's", row(f"{VICTIM},1,0003"), "data.csv|content changed"),
-        ("CSV with a third label, published weights", both(published, row(f"{VICTIM},2")), "row 4|'2'",
-         f"--model {MODEL}"),
         ("scan missing", remove(VICTIM), f"1 of 12|{VICTIM}: no such file"),
-        ("scan of another affine", image(VICTIM, VALUES, OBLIQUE), f"1 of 12|{VICTIM}|affine"),
-        ("scans of another affine than in training",
-         lambda: [image(path, VALUES, OBLIQUE)() for path, _ in PLAIN], "data.csv|grid"),
         ("scan made anew since training", image(VICTIM, VALUES // 2), "data.csv|scans changed"),
         ("checkpoint missing", remove(CHECKPOINT), f"{CHECKPOINT}: no such checkpoint"),
-        ("checkpoint of text", write(CHECKPOINT, "no weights"), f"{CHECKPOINT}|not a PyTorch state dict"),
         ("checkpoint cut short", cut(CHECKPOINT, 1), f"{CHECKPOINT}|not a PyTorch state dict"),
-        ("checkpoint of another network", checkpoint(models.build_model("modelB3", SHAPE).state_dict()),
-         f"{CHECKPOINT}|features.0.weight is (3, 1, 3, 3, 3)|(2, 1, 3, 3, 3)"),
         ("published checkpoints of another width", published, "state_dict_f0.pth|features.0.weight",
          "--model modelB3 --fold 2"),
         ("published checkpoints, fewer than folds", published, "state_dict_f2.pth|no such checkpoint",
@@ -231,9 +167,7 @@ FILES: dict[str, list[tuple]] = {
     ],
     "svm": [
         ("CSV missing, no run", remove("data.csv"), "data.csv: no such CSV", NO_RUN),
-        ("CSV not the run's", row(f"{VICTIM},1,0003"), "data.csv|content changed"),
         ("CSV of one class, no run", csv([(path, 1) for path, _ in PLAIN]), "0 of label 0", NO_RUN),
-        ("scan missing", remove(VICTIM), f"1 of 12|{VICTIM}: no such file"),
         ("scan cut short", cut(VICTIM, 1000), f"1 of 12|{VICTIM}|claims"),
         ("scan constant", image(VICTIM, 0 * VALUES), f"1 of 12|{VICTIM}|constant", NO_RUN),
         ("scans all the same", lambda: [image(path, VALUES)() for path, _ in PLAIN], "data.csv|the same",
@@ -247,9 +181,8 @@ FILES: dict[str, list[tuple]] = {
     ],
     "overlap": [
         ("map missing", remove(MAP), f"maps are missing|{MAP}"),
-        ("map of text", write(MAP, "no map" * 99), f"{MAP}|not packed with gzip"),
         ("map cut short", cut(MAP, 500), f"{MAP}|cannot be read|ended"),
-        ("map of another shape", image(MAP, FLOATS[1:]), f"{MAP}|(93, 95, 96)|(94, 95, 96)"),
+        ("map of another shape", image(MAP, VALUES[1:]), f"{MAP}|(93, 95, 96)|(94, 95, 96)"),
         ("map of NaN", image(MAP, np.full(SHAPE, np.nan, np.float32)), f"{MAP}|NaN"),
         ("mean scans missing", lambda: [path.unlink() for path in Path().glob("heatmaps/*/mean_scan.nii.gz")],
          f"{MEAN}: no such file"),
@@ -272,12 +205,8 @@ ROWS += [
     for command in ("heatmap", "svm")
     for name, *cells in [
         ("record cut short", cut(RECORD, 40), f"{RECORD}|JSON"),
-        ("record of a map", rewrite(RECORD, bytes, MAP_RECORD), f"{RECORD}|damaged|'arguments'"),
-        ("record without seed", record(RECORD, arguments={"seed": None}), f"{RECORD}|damaged|'seed'"),
-        ("record of another grid", record(RECORD, grid={"shape": [94, 95, 97]}), "data.csv|grid"),
+        ("record without arguments", record(RECORD, arguments={}), f"{RECORD}|damaged"),
         ("folds missing", remove(FOLDS), f"{FOLDS}: no such"),
-        ("folds a NIfTI file", rewrite(FOLDS, bytes, VICTIM), f"{FOLDS}: cannot be read"),
-        ("folds of a lost row", folds(r"^1,\w+,scans/011.*\n", ""), f"{FOLDS}|every scan"),
     ]
 ]
 ROWS += [
@@ -285,11 +214,8 @@ ROWS += [
     for command, option in [("svm", "--mask"), ("overlap", "--mask"), ("overlap", "--reference")]
     for name, spoil, words in [
         ("missing", nothing, "no such file"),
-        ("of text", write("other.nii", "no image" * 99), "no NIfTI header"),
-        ("cut short", rewrite("other.nii", lambda raw: raw[:-9], VICTIM), "claims 94x95x96"),
-        ("of two volumes", image("other.nii", np.stack([BLOCK, BLOCK], -1)), "one 3D volume"),
         ("all zero", image("other.nii", 0 * BLOCK), f"{option} other.nii: |no voxel"),
-        ("all NaN", image("other.nii", NAN * np.float32(np.nan)), "no voxel"),
+        ("all NaN", image("other.nii", np.full(SHAPE, np.nan, np.float32)), "no voxel"),
         *([("of another shape", image("other.nii", BLOCK[1:]), "(93, 95, 96)"),
            ("of another affine", image("other.nii", BLOCK, OBLIQUE), "affine")] if option == "--mask" else
           [("of every voxel", image("other.nii", BLOCK + 1), "every voxel"),
@@ -304,21 +230,18 @@ ROWS += [
         ("simulate", "cohort.json", "data.csv"),
     ]
     for name, *cells in [
-        ("a file", write("out", "mine"), "--outpath out|out is not a folder"),
         ("below a file", write("out", "mine"), "--outpath out/below|out is not a", "--outpath out/below"),
         ("without a record", write(f"out/{other}", "mine"), f"out/{other} is in the way{OUT}"),
-        ("with a damaged record", write(f"out/{record_file}", "{"), f"out/{record_file}: |JSON"),
         *[("with a file METHOD", write(f"out/{other[:3]}", ""), f"--outpath out/{other[:3]}|not a folder")]
         * ("/" in other),
     ]
 ]
 ROWS += [
     Row(command, f"{path}, reading forbidden", both(rewrite(path, bytes), partial(os.chmod, path, 0)),
-        f"{path}|permission denied", options, unprivileged=True)
-    for command, path, options in [
-        ("train_cv", "data.csv", ""), ("train_cv", VICTIM, ""), ("heatmap", CHECKPOINT, ""),
-        ("heatmap", RECORD, ""), ("svm", "mask.nii", "--mask mask.nii"), ("overlap", "truth.nii", ""),
-        ("overlap", MAP, ""),
+        f"{path}|permission denied", unprivileged=True)
+    for command, path in [
+        ("train_cv", "data.csv"), ("train_cv", VICTIM), ("heatmap", CHECKPOINT), ("heatmap", RECORD),
+        ("overlap", MAP),
     ]
 ]
 ROWS += [
@@ -326,33 +249,6 @@ ROWS += [
         "--outpath locked|written", "--outpath locked/out", unprivileged=True)
     for command in COMMANDS
 ]
-
-# Scans by their names, how they are made, and what is said of them; all of them in one list of scans.
-BAD_SCANS: dict[str, tuple[Callable[[str], Spoil], str]] = {
-    "missing.nii": (lambda file: nothing, "no such file"),
-    "link.nii": (lambda file: lambda: Path(file).symlink_to("gone"), "no such file"),
-    "folder.nii": (folder, "is a folder"),
-    "text.nii": (lambda file: write(file, "no image " * 100), "no NIfTI header"),
-    "short.nii": (lambda file: rewrite(file, lambda raw: raw[:-1000], VICTIM), "claims 94x95x96 voxels"),
-    "packed.nii": (lambda file: rewrite(file, gzip.compress, VICTIM), "is packed with gzip"),
-    "plain.nii.gz": (lambda file: rewrite(file, bytes, VICTIM), "is not packed with gzip"),
-    "short.nii.gz": (lambda file: rewrite(file, lambda raw: gzip.compress(raw)[:-9999], VICTIM), "ended"),
-    "sum.nii.gz": (lambda file: rewrite(file, lambda raw: gzip.compress(raw)[:-8] + bytes(8), VICTIM), "CRC"),
-    "003.img": (lambda file: lambda: nib.save(nib.Spm99AnalyzeImage(VALUES, AFFINE), file),
-        "expected a .nii"),
-    "type.nii": (lambda file: header(file, 70, "h", 9999), "data code 9999"),
-    "volumes.nii": (lambda file: image(file, np.stack([VALUES, VALUES], -1)), "found shape (94, 95, 96, 2)"),
-    "complex.nii": (lambda file: image(file, VALUES.astype(np.complex64)), "found complex64"),
-    "nan.nii": (lambda file: image(file, NAN), "NaN or infinite"),
-    "intercept.nii": (lambda file: header(file, 112, "2f", 1, np.inf), "intercept"),
-    "constant.nii": (lambda file: image(file, np.full(SHAPE, 7, np.int16)), "constant (every voxel is 7)"),
-    "range.nii": (lambda file: image(file, np.where(VALUES > 500, 3e38, -3e38)), "too far apart for float32"),
-    "swapped.nii": (lambda file: image(file, VALUES.transpose(1, 0, 2)),
-        "(95, 94, 96), the first scan has (94,"),
-    "turned.nii": (lambda file: image(file, VALUES, OBLIQUE), "affine differs from the first scan's"),
-    "singular.nii": (lambda file: both(header(file, 252, "h", 0), rewrite(file, lambda raw: (
-        raw[:280] + bytes(16) + raw[296:]))), "singular"),
-}
 
 # What lies just beyond the bounds of every number; what is no number at all is told in test_utils.py.
 NUMBERS = {
@@ -378,47 +274,43 @@ ROWS += [
     for option, every in options.items()
     for bad in every.split()
 ]
+OPTIONS: dict[str, dict[str, str]] = {  # what is given after the good options, or no options, and the words
+    "train_cv": {
+        "": "--path|required", "data.csv": "data.csv|unrecognized", "--run-folds 0 2": "--run-folds 2|0 to 1",
+        "--val-fraction 0.01": "--val-fraction 0.01|both labels",
+        "--split random": "--split|stratified|contiguous",
+        f"--device {BEYOND}": f"--device {BEYOND}", "--device tpu": "--device tpu|cpu|cuda:N",
+        "--model modelE24": "--model|modelE24|A-D", "--model modelA2": "--model|110x110x110|94x95x96",
+        "--precision fp16": "--precision|fp32|bf16", "--precision tf32": "--precision tf32|cpu|use fp32",
+        "--cache tape": "--cache|ram|disk", "--cache gpu": "--cache gpu|the device is cpu",
+    },
+    "heatmap": {
+        "": "--method|required", "--method GradCAM": "--method|'GradCAM'|LRP|IG|GGC",
+        "--baseline controls": "--baseline controls|LRP has no baseline",
+        "--baseline mean": "--baseline|zero|controls",
+        "--target 2": "--target|label|predicted", "--weights none": "--weights|trained|random",
+        "--model modelB1": f"--model modelB1|{MODEL}", "--fold 3": "--fold 3|2 folds",
+        "--run-folds 2": "--run-folds 2|0 to 1", f"--device {BEYOND}": f"--device {BEYOND}",
+        "--modelpath none": "--modelpath none|no such folder",
+        "--modelpath scans": "--modelpath scans|run.json|--path and --model",
+    },
+    "svm": {
+        "--fold 3": "--fold 3|2", "--split contiguous": "--split contiguous|stratified",
+        "--split random": "--split|stratified|contiguous", "--val-fraction 0.5": "--val-fraction 0.5|0.34",
+        "--seed 7": "--seed 7|trained with 3",
+    },
+    "overlap": {
+        "": "--reference|required", "--maps none": "--maps none|METHOD",
+        "--maps scans": "--maps scans|METHOD",
+        "--reference-threshold 1": "--reference truth.nii|no voxel|above 1",
+        "--reference-threshold -1": "--reference truth.nii|every voxel|above -1",
+    },
+    "simulate": {"": "--outpath|required"},
+}
 ROWS += [
     Row(command, options or "no options", nothing, words, options, alone=not options)
-    for command, options, words in [
-        ("train_cv", "", "--path|required"),
-        ("train_cv", "data.csv", "data.csv|unrecognized"),
-        ("train_cv", "--val-fraction 0.01", "--val-fraction 0.01|both labels"),
-        ("train_cv", "--val-fraction 0.9", "--val-fraction 0.9|both labels"),
-        ("train_cv", "--run-folds 0 2", "--run-folds 2|0 to 1"),
-        ("train_cv", f"--device {BEYOND}", f"--device {BEYOND}"),
-        ("train_cv", "--device tpu", "--device tpu|cpu|cuda:N"),
-        ("train_cv", "--model modelE24", "--model|modelE24|A-D"),
-        ("train_cv", "--model modelA2", "--model|110x110x110|94x95x96"),
-        ("train_cv", "--split random", "--split|stratified|contiguous"),
-        ("train_cv", "--precision fp16", "--precision|fp32|bf16"),
-        ("train_cv", "--precision tf32", "--precision tf32|cpu|use fp32"),
-        ("train_cv", "--cache tape", "--cache|ram|disk"),
-        ("train_cv", "--cache gpu", "--cache gpu|the device is cpu"),
-        ("heatmap", "", "--method|required"),
-        ("heatmap", "--method GradCAM", "--method|'GradCAM'|LRP|IG|GGC"),
-        ("heatmap", "--baseline controls", "--baseline controls|LRP has no baseline"),
-        ("heatmap", "--baseline mean", "--baseline|zero|controls"),
-        ("heatmap", "--target 2", "--target|label|predicted"),
-        ("heatmap", "--weights none", "--weights|trained|random"),
-        ("heatmap", "--model modelB1", f"--model modelB1|{MODEL}"),
-        ("heatmap", "--fold 3", "--fold 3|2 folds"),
-        ("heatmap", "--run-folds 2", "--run-folds 2|0 to 1"),
-        ("heatmap", f"--device {BEYOND}", f"--device {BEYOND}"),
-        ("heatmap", "--modelpath none", "--modelpath none|no such folder"),
-        ("heatmap", "--modelpath scans", "--modelpath scans|run.json|--path and --model"),
-        ("svm", "--fold 3", "--fold 3|2"),
-        ("svm", "--split contiguous", "--split contiguous|stratified"),
-        ("svm", "--split random", "--split|stratified|contiguous"),
-        ("svm", "--val-fraction 0.5", "--val-fraction 0.5|0.34"),
-        ("svm", "--seed 7", "--seed 7|trained with 3"),
-        ("overlap", "", "--reference|required"),
-        ("overlap", "--maps none", "--maps none|METHOD"),
-        ("overlap", "--maps scans", "--maps scans|METHOD"),
-        ("overlap", "--reference-threshold 1", "--reference truth.nii|no voxel|above 1"),
-        ("overlap", "--reference-threshold -1", "--reference truth.nii|every voxel|above -1"),
-        ("simulate", "", "--outpath|required"),
-    ]
+    for command, every in OPTIONS.items()
+    for options, words in every.items()
 ]
 ROWS += [
     Row("svm", "no --path, no run", nothing, "--modelpath none|--path", "--modelpath none", alone=True),
@@ -446,14 +338,6 @@ def world(csv, lively_run, maps, tmp_path, monkeypatch) -> Path:
     write_scan(here / "truth.nii", BLOCK * (VALUES > 900))
     record(RECORD, csv=str(here / "data.csv"))()
     return here
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _links_are_not_written_through(csv, lively_run, maps):
-    """What the links lead to stays as it is."""
-    before = [snapshot(folder) for folder in (csv.parent, lively_run, maps)]
-    yield
-    assert [snapshot(folder) for folder in (csv.parent, lively_run, maps)] == before
 
 
 def snapshot(folder: Path) -> dict[Path, object]:
@@ -485,21 +369,7 @@ def unprivileged(call: Callable[[], int]) -> int:
         return pool.submit(work).result()
 
 
-def shown(warnings: pytest.WarningsRecorder, log: pytest.LogCaptureFixture) -> list[str]:
-    """What Python and nibabel would print beside the one line: warnings and log."""
-    hidden = (DeprecationWarning, PendingDeprecationWarning, ImportWarning, ResourceWarning)
-    return [str(w.message) for w in warnings if not issubclass(w.category, hidden)] + log.messages
-
-
-MESSAGES: dict[str, str] = {}  # what every row got
-
-
-def label_of(row: Row) -> str:
-    """A row's name, as the table and pytest show it."""
-    return f"{row.command} | {row.name}"
-
-
-@pytest.mark.parametrize("row", ROWS, ids=label_of)
+@pytest.mark.parametrize("row", ROWS, ids=lambda row: f"{row.command} | {row.name}")
 def test_malformed_input_is_one_line(row: Row, world, capsys, caplog, recwarn):
     row.spoil()
     before = snapshot(world)
@@ -509,67 +379,12 @@ def test_malformed_input_is_one_line(row: Row, world, capsys, caplog, recwarn):
     captured = capsys.readouterr()
     assert status == 2, captured.err
     line = only_error(captured.err)
-    MESSAGES[label_of(row)] = line.removeprefix("error: ").rstrip().replace(f"{world}/", "")
+    print(line.removeprefix("error: ").rstrip().replace(f"{world}/", ""))
     assert [word for word in row.words.split("|") if word.lower() not in line.lower()] == [], line
     after = snapshot(world)
     assert [path.name for path in before | after if before.get(path) != after.get(path)] == []
-    assert shown(recwarn, caplog) == []
-
-
-def test_every_bad_scan_is_named_with_what_is_wrong_with_it(world, capsys, caplog, recwarn):
-    for name, (make, _) in BAD_SCANS.items():
-        make(f"scans/{name}")()
-    csv([*PLAIN, *((f"scans/{name}", 0) for name in BAD_SCANS)])()
-    assert train_cv.main(GOOD["train_cv"].split()) == 2
-    count, said = only_error(capsys.readouterr().err).split(" scans cannot be used: ")
-    assert count == f"error: {len(BAD_SCANS)} of {len(PLAIN) + len(BAD_SCANS)}"
-    for name, (_, words) in BAD_SCANS.items():
-        assert words in said.partition(f"scans/{name}: ")[2].partition("; scans/")[0]
-    assert shown(recwarn, caplog) == []
-
-
-def test_odd_input_is_fine(world, capsys, caplog, recwarn):
-    """A CSV and scans with everything that looks odd and is allowed."""
-    scans = [path for path, _ in PLAIN]
-    for path, values, kind in [
-        (scans[1], VALUES[..., None], nib.Nifti1Image),
-        (scans[2], VALUES[..., None, None], nib.Nifti1Image),
-        (scans[3], VALUES, nib.Nifti2Image),
-        (scans[4], VALUES.astype(np.float64), nib.Nifti1Image),
-        (scans[5], (VALUES // 4).astype(np.uint8), nib.Nifti1Image),
-    ]:
-        image(path, values, kind=kind)()
-    image(scans[6], VALUES, AFFINE + 1e-5 * np.eye(4, k=1))()  # rounded
-    Path(scans[7]).rename("7.nii")
-    Path(scans[7]).symlink_to("../7.nii")
-    Path(scans[8]).rename("scans/8, a copy.NII")
-    for path, name in [(scans[9], "scans/009.NII.GZ"), (scans[10], "scans/010.nii.GZ")]:
-        rewrite(name, gzip.compress, path)()
-    paths = [str(Path(scans[0]).absolute()), f"~/{scans[1]}", f"models/../{scans[2]}", *scans[3:8]]
-    paths += ['"scans/8, a copy.NII"', "scans/009.NII.GZ", "scans/010.nii.GZ", scans[11]]
-    subjects = ['"00,7"', *"1234567", "5", *"89", "é"]  # subject 5 has scans of both labels
-    rows = [f"70, {path}, {label} , {who}" for path, label, who in zip(paths, LABELS, subjects, strict=True)]
-    text = "\ufeffage, Path,LABEL,Subject\r\n\r\n" + "\r\n".join(rows)  # and no last newline
-    write("data.csv", text)()
-    assert train_cv.main(f"{GOOD['train_cv']} --run-folds 0 --epochs 1".split()) == 0
-    table = Path("out/folds.csv").read_text()
-    assert all(table.count(f"{path},{label},") == 2 for path, label in zip(paths, LABELS, strict=True))
-    assert capsys.readouterr().err == ""
-    assert shown(recwarn, caplog) == []
-
-
-@pytest.mark.parametrize(
-    ("command", "options", "made"),
-    [
-        ("svm", "--C 1", "out/SVM/map_all.nii.gz"),
-        ("overlap", "", "out/overlap.csv"),
-    ],
-)
-def test_good_input_is_good(command, options, made, world, capsys):
-    """What the rows spoil works as it is; the fixtures show so of the other commands."""
-    assert COMMANDS[command].main(f"{GOOD[command]} {options}".split()) == 0
-    assert Path(made).is_file()
-    assert capsys.readouterr().err == ""
+    hidden = (DeprecationWarning, PendingDeprecationWarning, ImportWarning, ResourceWarning)
+    assert [str(w.message) for w in recwarn if not issubclass(w.category, hidden)] + caplog.messages == []
 
 
 @pytest.mark.parametrize("command", COMMANDS)
@@ -579,12 +394,3 @@ def test_every_option_is_named_in_a_message(command):
     words = " ".join(row.words for row in ROWS if row.command == command).replace(OUT, "")
     named = set(re.findall(r"--[\w-]+", words))
     assert options <= named
-
-
-def test_table_of_messages():
-    """Prints the table, of the rows that ran before."""
-    labels = [label_of(row) for row in ROWS]
-    assert len(set(labels)) == len(labels)
-    width = max(map(len, labels))
-    print(f"\n{len(labels)} malformed inputs")
-    print("\n".join(f"{label:{width}} | {MESSAGES[label]}" for label in labels if label in MESSAGES))

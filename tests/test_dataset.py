@@ -2,7 +2,8 @@
 
 import contextlib
 import hashlib
-import pickle
+import itertools
+import re
 import shutil
 from pathlib import Path
 
@@ -10,29 +11,25 @@ import nibabel as nib
 import numpy as np
 import pandas as pd
 import pytest
-from cohorts import AFFINE, cohort_of, read_nifti, stacked, tiny_cohort, voxels, write_csv, write_scan
+from cohorts import AFFINE, cohort_of, tiny_cohort, voxels, write_csv, write_scan
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import dataset
 from internals import storage
-from internals.caches import Cache
 from internals.errors import InputError
 
 TINY = (5, 6, 7)
 
 
-def read_text(folder: Path, text: str, encoding: str = "utf-8") -> pd.DataFrame:
-    csv = folder / "data.csv"
-    csv.write_bytes(text.encode(encoding))
-    return dataset.read_csv(csv)
+def read_text(folder: Path, text: str) -> pd.DataFrame:
+    (folder / "data.csv").write_bytes(text.encode(errors="surrogateescape"))
+    return dataset.read_csv(folder / "data.csv")
 
 
 def cells(table: pd.DataFrame) -> list[list[object]]:
     return table[["path", "label", "subject"]].to_numpy(dtype=object).tolist()
 
-
-# The CSV -----------------------------------------------------------------------------------------
 
 PLAIN = [["a.nii", 0, "a.nii"], ["sub/b.nii", 1, "sub/b.nii"]]
 NAMED = [["a.nii", 0, "007"], ["sub/b.nii", 1, "NA"]]
@@ -40,22 +37,14 @@ NAMED = [["a.nii", 0, "007"], ["sub/b.nii", 1, "NA"]]
 
 @pytest.mark.parametrize(
     ("text", "expected"),
-    [
-        ("a.nii,0\nsub/b.nii,1\n", PLAIN),
-        ("a.nii,0\nsub/b.nii,1", PLAIN),
-        ("a.nii, 0 \n sub/b.nii ,1\n", PLAIN),
-        ("a.nii,0\r\nsub/b.nii,1\r\n", PLAIN),
-        ('"a.nii","0"\n"sub/b.nii",1\n', PLAIN),
-        ("a.nii,0\n\nsub/b.nii,1\n\n", PLAIN),
-        ("path,label\na.nii,0\nsub/b.nii,1\n", PLAIN),
-        ("label,path\r\n0,a.nii\r\n1,sub/b.nii\r\n", PLAIN),
-        ("path,label,subject\na.nii,0,007\nsub/b.nii,1,NA\n", NAMED),
-        ("subject,age,label,path\n007,61,0,a.nii\nNA,,1,sub/b.nii\n", NAMED),
-    ],
-)
-@pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig"])
-def test_csv_forms(tmp_path, text, expected, encoding):
-    table = read_text(tmp_path, text, encoding)
+    [("a.nii,0\nsub/b.nii,1", PLAIN), ("a.nii, 0 \n sub/b.nii ,1\n", PLAIN),
+     ('\ufeff"a.nii","0"\r\n\r\n"sub/b.nii",1\r\n\r\n', PLAIN),
+     ("path,label\na.nii,0\nsub/b.nii,1\n", PLAIN), (" label,Path\r\n0,a.nii\r\n1,sub/b.nii\r\n", PLAIN),
+     ("\ufeffpath,label,subject\na.nii,0,007\nsub/b.nii,1,NA\n", NAMED),
+     ("subject,age,label,path\n007,61,0,a.nii\nNA,,1,sub/b.nii\n", NAMED)],
+)  # fmt: skip
+def test_csv_forms(tmp_path, text, expected):
+    table = read_text(tmp_path, text)
     assert cells(table) == expected
     assert list(table["file"]) == [tmp_path / "a.nii", tmp_path / "sub/b.nii"]
     assert list(table.index) == [0, 1]
@@ -76,52 +65,35 @@ def test_csv_paths(tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     ("text", "words"),
     [
-        ("", ["data.csv"]),
-        ("\n\n", ["data.csv"]),
-        ("path,label\n", ["data.csv", "no scans"]),
-        ("a.nii\nb.nii\n", ["two columns", "found 1"]),
-        ("a.nii,0,s1\nb.nii,1,s2\n", ["two columns", "header", "found 3"]),
-        ("path,diagnosis\na.nii,0\n", ["header", "'label'"]),
-        ("file,label\na.nii,0\n", ["header", "'path'"]),
-        ("path,label,path\na.nii,0,b.nii\n", ["header", "once"]),
-        ("path,label,subject,subject\na.nii,0,s,t\n", ["header", "once"]),
-        ("scan,diagnosis\na.nii,0\nb.nii,1\n", ["row 1", "'diagnosis'", "not 0 or 1"]),
-        ("a.nii,0\n,1\n", ["row 2", "path", "blank"]),
-        ("a.nii,0\nb.nii,\n", ["row 2", "label", "blank"]),
-        ("a.nii,0\nb.nii,  \n", ["row 2", "label", "blank"]),
-        ("path,label,subject\na.nii,0,s1\nb.nii,1,\n", ["row 3", "subject", "blank"]),
-        ("path,label,subject\na.nii,0,s1\nb.nii,1\n", ["row 3", "subject", "blank"]),
-        ("label,path\n0,a.nii\n1\n", ["row 3", "path", "blank"]),
-        ("a.nii,0\nb.nii,2\n", ["row 2", "label '2'", "0 or 1"]),
-        ("a.nii,0\nb.nii,-1\n", ["row 2", "label '-1'"]),
-        ("a.nii,0\nb.nii,AD\n", ["row 2", "label 'AD'"]),
-        ("a.nii,0\nb.nii,0.5\n", ["row 2", "label '0.5'"]),
-        ("path,label\na.nii,0\nb.nii,yes\n", ["row 3", "label 'yes'"]),
-        ("a.nii,0\nb.nii,1\na.nii,0\n", ["row 3", "a.nii", "twice"]),
-        ("a.nii,0\nsub/../a.nii,1\n", ["row 2", "sub/../a.nii", "twice"]),
-        ("a.nii,0,1,2\n" * 3, ["two columns (path, label)", "header", "found 4"]),
-        ("a.nii,0\nb.nii,1,x\n", ["row 2: 3 cells, expected 2 in a row"]),
-        ("~no-such-user-here/a.nii,0\nb.nii,1\n", ["row 1", "~no-such-user-here/a.nii"]),
+        ("\n\n", "no scans"), ("path,label\n", "no scans"), ("a.nii\nb.nii\n", "two columns|found 1"),
+        ("a.nii,0,s1\nb.nii,1,s2\n", "two columns|header|found 3"),
+        ("path,diagnosis\na.nii,0\n", "header|'label'"), ("file,label\na.nii,0\n", "header|'path'"),
+        ("path,label,path\na.nii,0,b.nii\n", "header|once"),
+        ("path,label,subject,subject\na.nii,0,s,t\n", "header|once"),
+        ("scan,diagnosis\na.nii,0\nb.nii,1\n", "row 1|'diagnosis'|not 0 or 1"),
+        ("a.nii,0\n,1\n", "row 2|path|blank"), ("a.nii,0\nb.nii,  \n", "row 2|label|blank"),
+        ("path,label,subject\na.nii,0,s1\nb.nii,1,\n", "row 3|subject|blank"),
+        ("path,label,subject\na.nii,0,s1\nb.nii,1\n", "row 3|subject|blank"),
+        ("label,path\n0,a.nii\n1\n", "row 3|path|blank"), ("a.nii,0\nb.nii,2\n", "row 2|label '2'|0 or 1"),
+        ("a.nii,0\nb.nii,0.5\n", "row 2|label '0.5'"), ("path,label\na.nii,0\nb.nii,yes\n", "row 3|'yes'"),
+        ("a.nii,0\nb.nii,1\na.nii,0\n", "row 3|a.nii|twice"),
+        ("a.nii,0\nsub/../a.nii,1\n", "row 2|sub/../a.nii|twice"),
+        ("a.nii,0\nb.nii,1,x\n", "row 2: 3 cells, expected 2 in a row"),
+        ("~no-such-user-here/a.nii,0\nb.nii,1\n", "row 1|~no-such-user-here/a.nii"),
+        ("\udce9.nii,0\n", "cannot be read as a CSV"),
     ],
-)
+)  # fmt: skip
 def test_csv_errors(tmp_path, text, words):
     with pytest.raises(InputError) as error:
         read_text(tmp_path, text)
-    assert all(word in str(error.value) for word in ["data.csv", *words]), error.value
-
-
-def test_csv_that_cannot_be_read_is_named(tmp_path):
-    for path, words in [(tmp_path / "none.csv", "no such CSV"), (tmp_path, "is a folder, expected a CSV")]:
-        with pytest.raises(InputError, match=f"^{path}: {words}$"):
-            dataset.read_csv(path)
-    with pytest.raises(InputError, match=r"data\.csv: cannot be read as a CSV"):
-        read_text(tmp_path, "é.nii,0\n", encoding="latin-1")
+    assert [word for word in ["data.csv", *words.split("|")] if word not in str(error.value)] == []
 
 
 def test_csv_of_too_many_rows_or_bytes(tmp_path, monkeypatch):
+    with pytest.raises(InputError, match=f"^{tmp_path}/none.csv: no such CSV$"):
+        dataset.read_csv(tmp_path / "none.csv")
     monkeypatch.setattr(dataset, "MOST_ROWS", 3)
     text = "a.nii,0\nb.nii,1\nc.nii,1\n"
-    assert len(read_text(tmp_path, text)) == 3
     with pytest.raises(InputError, match="more than 3 rows"):
         read_text(tmp_path, text + "d.nii,1\n")
     monkeypatch.setattr(dataset, "CSV_SIZE", len(text))
@@ -130,95 +102,42 @@ def test_csv_of_too_many_rows_or_bytes(tmp_path, monkeypatch):
         read_text(tmp_path, text + "\n")
 
 
-# The grid ----------------------------------------------------------------------------------------
-
-
-def check(folder: Path, *extra: str) -> dataset.Grid:
-    """check_grid of four tiny scans, then of those under the extra names."""
-    tiny_cohort(folder, 4)
-    names = [*(f"{i}.nii" for i in range(4)), *extra]
+def check(folder: Path, *names: str) -> dataset.Grid:
     return dataset.check_grid(dataset.read_csv(write_csv(folder / "more.csv", [(n, 0) for n in names])))
 
 
-def refusal(folder: Path, *extra: str) -> str:
-    with pytest.raises(InputError) as error:
-        check(folder, *extra)
-    return str(error.value)
-
-
 def test_grid_is_the_scans(tmp_path):
-    grid = check(tmp_path)
-    assert grid.shape == TINY
-    assert np.array_equal(grid.affine, AFFINE)
-    assert grid.header.get_data_shape() == TINY
-    assert grid.record() == {"shape": [5, 6, 7], "affine": AFFINE.tolist()}
-
-
-def test_grid_takes_gz_nifti2_trailing_axis_and_rounded_affines(tmp_path):
-    write_scan(tmp_path / "gz.nii.gz", voxels(9, shape=TINY))
-    write_scan(tmp_path / "second.nii", voxels(9, shape=TINY), image_class=nib.Nifti2Image)
-    write_scan(tmp_path / "axis.nii", voxels(9, shape=TINY)[..., None])
-    write_scan(tmp_path / "float.nii", voxels(9, shape=TINY).astype(np.float64))
-    write_scan(tmp_path / "rounded.nii", voxels(9, shape=TINY), AFFINE + 1e-5 * np.eye(4, k=1))
-    assert check(tmp_path, "gz.nii.gz", "second.nii", "axis.nii", "float.nii", "rounded.nii").shape == TINY
-
-
-def test_grid_of_a_first_scan_with_trailing_axis_is_3d(tmp_path):
-    write_scan(tmp_path / "axis.nii", voxels(9, shape=TINY)[..., None])
-    table = dataset.read_csv(write_csv(tmp_path / "one.csv", [("axis.nii", 0)]))
-    grid = dataset.check_grid(table)
-    assert grid.shape == grid.header.get_data_shape() == TINY
-
-
-BROKEN = {
-    "missing.nii": "no such file",
-    "folder.nii": "is a folder, expected a file",
-    "text.nii": "not a NIfTI image: it has no NIfTI header",
-    "analyze.img": "not a NIfTI image: expected a .nii or .nii.gz file",
-    "truncated.nii.gz": "cannot be read (Compressed file ended before the end-of-stream marker was reached)",
-    "volumes.nii": "expected one 3D volume, found shape (5, 6, 7, 2)",
-    "slice.nii": "expected one 3D volume, found shape (5, 6)",
-    "turned.nii": "shape (6, 5, 7), the first scan has (5, 6, 7)",
-    "moved.nii": "its affine differs from the first scan's",
-    "complex.nii": "expected real voxels, found complex64",
-    "constant.nii": "is constant (every voxel is 7)",
-    f"{'b' * 300}/c.nii": "cannot be found (File name too long)",
-}
-
-
-def write_broken(folder: Path) -> None:
-    """Write scans that are broken in one way each."""
+    """Of a first scan with a trailing axis it is 3D; NIfTI-2 and other types lie on the same."""
     values = voxels(9, shape=TINY)
-    (folder / "folder.nii").mkdir()
-    (folder / "text.nii").write_text("no image " * 100)
-    nib.save(nib.Spm99AnalyzeImage(values, AFFINE), folder / "analyze.img")
-    whole = write_scan(folder / "whole.nii.gz", np.random.default_rng(0).random(TINY)).read_bytes()
-    (folder / "truncated.nii.gz").write_bytes(whole[:60])
-    write_scan(folder / "volumes.nii", np.stack([values, values], -1))
-    write_scan(folder / "slice.nii", values[..., 0])
-    write_scan(folder / "turned.nii", values.transpose(1, 0, 2))
-    write_scan(folder / "moved.nii", values, AFFINE + np.eye(4, k=3))
-    write_scan(folder / "complex.nii", values.astype(np.complex64))
-    write_scan(folder / "constant.nii", np.full(TINY, 7, np.int16))
+    write_scan(tmp_path / "axis.nii", values[..., None])
+    write_scan(tmp_path / "second.nii.gz", values, image_class=nib.Nifti2Image)
+    write_scan(tmp_path / "float.nii", values.astype(np.float64))
+    grid = check(tmp_path, "axis.nii", "second.nii.gz", "float.nii")
+    assert grid.shape == grid.header.get_data_shape() == TINY
+    assert np.array_equal(grid.affine, AFFINE)
 
 
 def test_bad_scans_are_all_named_at_once_with_what_is_wrong(tmp_path):
-    write_broken(tmp_path)
-    lines = [f"{name}: {words}" for name, words in BROKEN.items()]
-    assert refusal(tmp_path, *BROKEN) == f"12 of 16 scans cannot be used: {'; '.join(lines)}"
+    values = voxels(9, shape=TINY)
+    write_scan(tmp_path / "fine.nii", values)
+    write_scan(tmp_path / "turned.nii", values.transpose(1, 0, 2))
+    write_scan(tmp_path / "moved.nii", values, AFFINE + np.eye(4, k=3))
+    write_scan(tmp_path / "constant.nii", np.full(TINY, 7, np.int16))
+    broken = {
+        "missing.nii": "no such file",
+        "turned.nii": "shape (6, 5, 7), the first scan has (5, 6, 7)",
+        "moved.nii": "its affine differs from the first scan's",
+        "constant.nii": "is constant (every voxel is 7)",
+    } | {f"gone{i}.nii": "no such file" for i in range(19)}
+    lines = [f"{name}: {words}" for name, words in broken.items()]
+    for count, more in [(20, ""), (23, " (and 3 more)")]:
+        with pytest.raises(InputError) as error:
+            check(tmp_path, "fine.nii", *list(broken)[:count])
+        named = "; ".join(lines[:20])
+        assert str(error.value) == f"{count} of {count + 1} scans cannot be used: {named}{more}"
 
 
-def test_a_long_list_of_bad_scans_is_shortened(tmp_path):
-    message = refusal(tmp_path, *(f"gone{i}.nii" for i in range(25)))
-    assert message.startswith("25 of 29 scans")
-    assert message.count("no such file") == 20
-    assert message.endswith(" (and 5 more)")
-
-
-# One scan ----------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("dtype", [np.uint8, np.int16, np.int32, np.float32, np.float64])
+@pytest.mark.parametrize("dtype", [np.uint8, np.float64])
 def test_scaling(tmp_path, dtype):
     values = (np.random.default_rng(1).random(TINY) * 200 + 20).astype(dtype)
     scan = dataset.read_scan(write_scan(tmp_path / "a.nii.gz", values))
@@ -230,24 +149,14 @@ def test_scaling(tmp_path, dtype):
     assert np.allclose(scan, exact, rtol=0, atol=3 * 2**-17 / 199 + 2**-25)
 
 
-@pytest.mark.parametrize("low", [0, -700, 100])
-@pytest.mark.parametrize("spread", [41, 47, 83, 1000, 4095, 30000])
-def test_scaling_ends_exactly_at_0_and_1(tmp_path, low, spread):
-    values = np.linspace(low, low + spread, 210).round().astype(np.int16).reshape(TINY)
-    scan = dataset.read_scan(write_scan(tmp_path / "a.nii", values))
-    assert (scan.min(), scan.max()) == (0, 1)
-
-
-@pytest.mark.parametrize(("low", "high"), [(-3e38, 3e38), (0, 1e-39), (0, 1e-45), (1e38, 3e38)])
-def test_scaling_of_extreme_ranges_is_right_or_refused(tmp_path, low, high):
-    values = np.full(TINY, low, np.float32)
-    values[0] = high
-    path = write_scan(tmp_path / "a.nii", values)
-    if low < 0:  # their difference has no float32
-        with pytest.raises(InputError, match=r"has voxels from -3e\+38 to 3e\+38, too far apart for float32"):
-            dataset.read_scan(path)
-    else:
-        assert np.array_equal(dataset.read_scan(path), values == np.float32(high))
+def test_scaling_ends_exactly_at_0_and_1(tmp_path):
+    for low, spread in itertools.product((0, -700, 100), (41, 47, 83, 1000, 4095, 30000)):
+        values = np.linspace(low, low + spread, 210).round().astype(np.int16).reshape(TINY)
+        scan = dataset.read_scan(write_scan(tmp_path / "a.nii", values))
+        assert (scan.min(), scan.max()) == (0, 1)
+    for high in (1e-45, 1e-39, 3e38):
+        values = (np.arange(210).reshape(TINY) % 2 * high).astype(np.float32)
+        assert np.array_equal(dataset.read_scan(write_scan(tmp_path / "a.nii", values)), values > 0)
 
 
 def test_slope_drops_out_and_its_sign_does_not(tmp_path):
@@ -260,60 +169,35 @@ def test_slope_drops_out_and_its_sign_does_not(tmp_path):
     assert np.allclose(dataset.read_scan(path), upside_down, rtol=0, atol=1e-6)  # a few roundings of float32
 
 
-def test_reading_leaves_the_file_alone(tmp_path):
-    path = write_scan(tmp_path / "a.nii", voxels(3, shape=TINY).astype(np.float32))
-    before = path.read_bytes()
-    dataset.read_scan(path)
-    assert path.read_bytes() == before
-
-
 @pytest.mark.parametrize(
-    ("value", "everywhere", "words"),
-    [*((value, False, "NaN or infinite") for value in (np.nan, np.inf, -np.inf)),
-     (0, True, r"is constant \(every voxel is 0\)"), (7, True, r"is constant \(every voxel is 7\)")],
+    ("low", "high", "words"),
+    [*((1, value, "has voxels that are NaN or infinite") for value in (np.nan, np.inf, -np.inf)),
+     (0, 0, "is constant (every voxel is 0)"), (7, 7, "is constant (every voxel is 7)"),
+     (-3e38, 3e38, "has voxels from -3e+38 to 3e+38, too far apart for float32")],
 )  # fmt: skip
-def test_voxels_that_cannot_be_scaled(tmp_path, value, everywhere, words):
-    values = voxels(3, shape=TINY).astype(np.float32)
-    values[(...,) if everywhere else (1, 2, 3)] = value
-    with pytest.raises(InputError, match=words):
+def test_voxels_that_cannot_be_scaled(tmp_path, low, high, words):
+    values = np.full(TINY, low, np.float32)
+    values[1, 2, 3] = high
+    with pytest.raises(InputError, match=f"^{re.escape(words)}$"):
         dataset.read_scan(write_scan(tmp_path / "a.nii", values))
 
 
-@pytest.mark.parametrize("name", ["a.nii.gz", "a.nii"])
-def test_truncated_scan(tmp_path, name):
-    path = write_scan(tmp_path / name, np.random.default_rng(0).random((40, 40, 40)))
-    raw = path.read_bytes()
-    path.write_bytes(raw[: len(raw) * 3 // 4])
-    with pytest.raises(InputError, match="cannot be read"):
-        dataset.read_scan(path)
-
-
-# The cohort --------------------------------------------------------------------------------------
-
-
-def test_new_cohort(tmp_path):
-    csv = tiny_cohort(tmp_path, 20)
-    cohort = dataset.new_cohort(csv, 4, "stratified", 0.3, 1)
-    table = dataset.read_csv(csv)
-    assert (cohort.csv, cohort.k, cohort.grid.shape) == (csv, 4, TINY)
-    assert cohort.table.equals(table)
-    assert cohort.folds.equals(dataset.make_folds(table, 4, "stratified", 0.3, 1))
-    for role, scans in by_role(cohort.folds, 2).items():
-        numbers = cohort.scan_indices(2, role)
-        assert numbers == sorted(numbers)
-        assert [table["path"][i] for i in numbers] == list(scans["path"])
-        assert cohort.labels(2, role).tolist() == list(scans["label"])
-
-
-def test_identity_of_a_cohort(tmp_path):
+def test_cohort_and_its_identity(tmp_path):
     """CSV, folds and grid to the byte; of the scans, samples, wherever they lie."""
     csv = tiny_cohort(tmp_path / "a", 10)
-    first = dataset.new_cohort(csv, 2, "stratified", 0.4, 1)
-    folds = first.folds.to_csv(index=False).encode()
+    first, table = dataset.new_cohort(csv, 2, "stratified", 0.4, 1), dataset.read_csv(csv)
+    assert (first.csv, first.k, first.grid.shape) == (csv, 2, TINY)
+    assert first.table.equals(table)
+    assert first.folds.equals(dataset.make_folds(table, 2, "stratified", 0.4, 1))
+    for role, scans in by_role(first.folds, 1).items():
+        numbers = first.scan_indices(1, role)
+        assert numbers == sorted(numbers)
+        assert [table["path"][i] for i in numbers] == list(scans["path"])
+        assert first.labels(1, role).tolist() == list(scans["label"])
     assert first.identity == {
         "csv_sha256": storage.file_sha256(csv),
         "scans_sha256": first.identity["scans_sha256"],
-        "folds_sha256": hashlib.sha256(folds).hexdigest(),
+        "folds_sha256": hashlib.sha256(first.folds.to_csv(index=False).encode()).hexdigest(),
         "grid": {"shape": list(TINY), "affine": AFFINE.tolist()},
     }
 
@@ -335,20 +219,6 @@ def test_mean_of_scans(tmp_path):
     wanted = np.mean([dataset.read_scan(tmp_path / f"{i}.nii") for i in (1, 4, 5)], axis=0, dtype=np.float64)
     assert scans.mean([1, 4, 5]).dtype == np.float32
     assert np.allclose(scans.mean([1, 4, 5]), wanted, rtol=0, atol=6e-8)  # half a unit of float32 near 1
-
-
-@pytest.mark.parametrize("kind", ["disk", "ram", "none"])
-def test_scans_go_to_another_process(tmp_path, kind):
-    """Those of a disk cache by its name, not as a copy."""
-    scans = cohort_of(tiny_cohort(tmp_path)).open_scans(Cache(kind, tmp_path / "cache"))
-    packed = pickle.dumps(scans)
-    assert (len(packed) < 4 * 6 * np.prod(TINY)) == (kind != "ram")
-    there = pickle.loads(packed)
-    assert there.in_memory == scans.in_memory
-    assert np.array_equal(stacked(there), stacked(scans))
-
-
-# Folds -------------------------------------------------------------------------------------------
 
 
 def cohort_table(subjects: list[str], labels: list[int]) -> pd.DataFrame:
@@ -375,12 +245,7 @@ def by_role(folds: pd.DataFrame, fold: int) -> dict[str, pd.DataFrame]:
 
 
 @settings(deadline=None, max_examples=40)
-@given(
-    table=cohorts(),
-    k=st.integers(2, 5),
-    seed=st.integers(0, 2**32 - 1),
-    fraction=st.sampled_from([0.25, 0.4]),
-)
+@given(cohorts(), st.integers(2, 5), st.integers(0, 2**32 - 1), st.sampled_from([0.25, 0.4]))
 def test_stratified_folds(table, k, seed, fraction):
     folds = dataset.make_folds(table, k, "stratified", fraction, seed)
     assert list(folds.columns) == ["fold", "role", "path", "label", "subject"]
@@ -408,19 +273,11 @@ def test_stratified_folds(table, k, seed, fraction):
 def test_folds_depend_on_the_seed_and_on_nothing_else(table, seed):
     first = dataset.make_folds(table, 3, "stratified", 0.3, seed)
     np.random.seed(seed % 7)
+    before = np.random.get_state()[1].tolist()
     moved = table.assign(file=[Path("/elsewhere") / path for path in table["path"]])
     assert dataset.make_folds(moved, 3, "stratified", 0.3, seed).equals(first)
+    assert np.random.get_state()[1].tolist() == before
     assert not dataset.make_folds(table, 3, "stratified", 0.3, seed + 1).equals(first)
-
-
-@pytest.mark.parametrize("split", ["stratified", "contiguous"])
-def test_folds_leave_the_global_random_state_alone(split):
-    table = cohort_table([f"s{i}" for i in range(30)], [0, 1] * 15)
-    np.random.seed(5)
-    expected = np.random.random()
-    np.random.seed(5)
-    dataset.make_folds(table, 3, split, 0.3, seed=1)
-    assert np.random.random() == expected
 
 
 def test_subject_with_both_labels_counts_as_patient_and_stays_whole():
@@ -447,23 +304,15 @@ def test_contiguous_split_is_the_published_one():
         rest = pd.concat([roles["train"], roles["val"]])["label"].mean()
         # stratified: within one scan of 80
         assert abs(roles["val"]["label"].mean() - rest) < 1 / 80
+    other = dataset.make_folds(table, 5, "contiguous", 0.2, seed=1)  # moves validation only
+    assert ((folds["role"] == "test") == (other["role"] == "test")).all()
+    assert not folds.equals(other)
 
 
-def test_contiguous_seed_moves_validation_only():
-    table = cohort_table([f"s{i}" for i in range(60)], [0, 1, 1] * 20)
-    first, second = (dataset.make_folds(table, 3, "contiguous", 0.2, seed) for seed in (0, 1))
-    assert ((first["role"] == "test") == (second["role"] == "test")).all()
-    assert not first.equals(second)
-
-
-def test_contiguous_keeps_a_subject_within_its_block():
+def test_contiguous_keeps_a_subject_within_its_block_or_refuses():
     subjects = ["a", "a"] + [f"s{i}" for i in range(26)] + ["z", "z"]
     folds = dataset.make_folds(cohort_table(subjects, [0, 0] + [0, 1] * 14), 3, "contiguous", 0.2, 0)
     assert list(by_role(folds, 0)["test"]["subject"])[:2] == ["a", "a"]
-
-
-def test_contiguous_refuses_to_cut_a_subject():
-    subjects = [f"s{i}" for i in range(30)]
     subjects[9] = subjects[10] = "both"
     with pytest.raises(InputError, match=r"contiguous.*subject both"):
         dataset.make_folds(cohort_table(subjects, [0, 1] * 15), 3, "contiguous", 0.2, 0)
@@ -472,34 +321,24 @@ def test_contiguous_refuses_to_cut_a_subject():
 @pytest.mark.parametrize(
     ("labels", "k", "split", "fraction", "words"),
     [
-        ([0] * 20 + [1] * 4, 5, "stratified", 0.2, ["5 stratified folds", "20 of label 0", "4 of label 1"]),
-        ([0] * 20, 5, "stratified", 0.2, ["20 of label 0", "0 of label 1"]),
-        ([1] * 20, 5, "contiguous", 0.2, ["0 of label 0", "20 of label 1"]),
-        ([0, 1], 3, "contiguous", 0.2, ["3 contiguous folds"]),
-        ([0, 1] * 5, 5, "stratified", 0.05, ["--val-fraction 0.05", "8 training subjects"]),
-        ([0, 1] * 5, 5, "stratified", 0.95, ["--val-fraction 0.95", "8 training subjects"]),
-        ([0] * 10 + [1] * 10, 2, "contiguous", 0.2, ["both labels"]),
+        ([0] * 20 + [1] * 4, 5, "stratified", 0.2, "5 stratified folds .* 20 of label 0 and 4 of label 1"),
+        ([1] * 20, 5, "contiguous", 0.2, "0 of label 0 and 20 of label 1"),
+        ([0, 1], 3, "contiguous", 0.2, "3 contiguous folds"),
+        ([0, 1] * 5, 5, "stratified", 0.05, "--val-fraction 0.05 of 8 training subjects"),
+        ([0, 1] * 5, 5, "stratified", 0.95, "--val-fraction 0.95 of 8 training subjects"),
+        ([0] * 10 + [1] * 10, 2, "contiguous", 0.2, "both labels"),
     ],
 )
 def test_fold_errors(labels, k, split, fraction, words):
     table = cohort_table([f"s{i}" for i in range(len(labels))], labels)
-    with pytest.raises(InputError) as error:
+    with pytest.raises(InputError, match=words):
         dataset.make_folds(table, k, split, fraction, seed=0)
-    assert all(word in str(error.value) for word in words), error.value
 
 
-@pytest.mark.parametrize("fraction", [0.1, 0.2, 0.5, 0.9])
-def test_validation_and_training_hold_both_labels_or_the_split_is_refused(fraction):
+@pytest.mark.parametrize(("fraction", "refused"), [(0.1, True), (0.2, True), (0.5, False), (0.9, True)])
+def test_validation_and_training_hold_both_labels_or_the_split_is_refused(fraction, refused):
     # three patients among forty: a tenth of the training part would leave them out of validation
     table = cohort_table([f"s{i}" for i in range(40)], ([1] + [0] * 12) * 3 + [0])
-    with contextlib.suppress(InputError):
+    with pytest.raises(InputError) if refused else contextlib.nullcontext():
         folds = dataset.make_folds(table, 3, "stratified", fraction, seed=0)
         assert (folds.groupby(["fold", "role"])["label"].nunique() == 2).all()
-
-
-def test_scans_written_by_the_helpers_are_as_announced(tmp_path):
-    """The helpers' own promise: geometry, codes and units of the scans that other tests rely on."""
-    image = read_nifti(write_scan(tmp_path / "a.nii", voxels(0, shape=TINY)))
-    assert np.array_equal(image.affine, AFFINE)
-    assert (int(image.header["sform_code"]), int(image.header["qform_code"])) == (4, 1)
-    assert image.header.get_xyzt_units() == ("mm", "sec")

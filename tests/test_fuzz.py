@@ -72,8 +72,6 @@ def patch(raw: bytes, changes: list[tuple[int, bytes]]) -> bytes:
     return bytes(content)
 
 
-# CSVs --------------------------------------------------------------------------------------------
-
 FRAGMENTS = [
     *["path", "label", "subject", "a.nii", "0", "1", "~", "~x/a", "..", "/", "é", '"', ",", ",", ",", "\n"],
     *["\n", "\n", "\r", " ", "\0", "\t", "\u2028", "\ufeff", "a" * 300, "$(x)", "{0}", "%s", "\x1b[31m"],
@@ -96,16 +94,6 @@ def test_csv(folder, content: bytes):
         attempt(dataset.check_grid, table)
 
 
-# Images ------------------------------------------------------------------------------------------
-
-
-def numbers(form: str) -> st.SearchStrategy[float]:
-    if form in "fd":
-        return st.floats(width=32 if form == "f" else 64)
-    least = -(2 ** (8 * struct.calcsize("=" + form) - 1))
-    return st.integers(least, -least - 1) | st.integers(-3, 100)
-
-
 # Offset, format and number of the fields that decide what is read.
 FIELDS = {
     nib.Nifti1Image: "0i1 40h8 70h2 76f8 108f3 252h2 256f18",
@@ -115,10 +103,14 @@ FIELDS = {
 
 @st.composite
 def field_changes(draw, kind: type[nib.Nifti1Image]) -> list[tuple[int, bytes]]:
+    """Up to three fields with other values, mostly small ones, in either order of bytes."""
     changes = []
     for _ in range(draw(st.integers(0, 3))):
         place, form, count = re.split("([a-z])", draw(st.sampled_from(FIELDS[kind].split())))
-        piece = struct.pack(draw(st.sampled_from("<<<>")) + form, draw(numbers(form)))
+        least = -(2 ** (8 * struct.calcsize("=" + form) - 1))
+        values = st.integers(least, -least - 1) | st.integers(-3, 100)
+        values = st.floats(width=32 if form == "f" else 64) if form in "fd" else values
+        piece = struct.pack(draw(st.sampled_from("<<<>")) + form, draw(values))
         changes.append((int(place) + len(piece) * draw(st.integers(0, int(count) - 1)), piece))
     return changes
 
@@ -147,8 +139,6 @@ def test_image(folder, data, kind, packed: bool, longer: int):
     assert np.allclose(place.affine, grid.affine, rtol=1e-5, atol=1e-5)
 
 
-# Records -----------------------------------------------------------------------------------------
-
 ATOMS = st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=9)
 JSON = st.recursive(
     ATOMS | st.sampled_from([0, 10**9, -1, "IG"]),
@@ -159,13 +149,11 @@ JSON = st.recursive(
 
 def replaced(record: dict[str, Any], data: st.DataObject) -> dict[str, Any]:
     """A record with one value, at any depth, replaced or gone."""
-    record = json.loads(json.dumps(record))
-    inside: Any = record
-    while True:
-        key = data.draw(st.sampled_from(sorted(inside)))
-        if not (isinstance(inside[key], dict) and inside[key] and data.draw(st.booleans())):
-            break
+    inside = record = json.loads(json.dumps(record))
+    key = data.draw(st.sampled_from(sorted(inside)))
+    while isinstance(inside[key], dict) and inside[key] and data.draw(st.booleans()):
         inside = inside[key]
+        key = data.draw(st.sampled_from(sorted(inside)))
     if data.draw(st.booleans()):
         del inside[key]
     else:
@@ -185,43 +173,24 @@ def record(folder) -> dict[str, Any]:
     return cohort.identity | {"csv": str(cohort.csv), "model": "modelB2", "arguments": FOLDING | {"lr": 1e-4}}
 
 
-@pytest.fixture(scope="module")
-def find(folder, record) -> Callable[..., Any]:
-    """Look for a run of a record and folds, which are as they were written unless they are given."""
-
-    def find(content: bytes = json.dumps(record).encode(), folds: bytes | None = None) -> Any:
-        (folder / "run" / "run.json").write_bytes(content)
-        whole = (folder / "folds.csv").read_bytes()
-        (folder / "run" / "folds.csv").write_bytes(whole if folds is None else folds)
-        found = attempt(runs.find_run, folder / "run", None, None, None)
-        if found is not None:
-            assert len(found.cohort.folds) == found.cohort.k * len(found.cohort.table)
-        return found
-
-    assert find() is not None
-    return find
+def find(folder: Path, content: bytes, folds: bytes) -> Any:
+    (folder / "run" / "run.json").write_bytes(content)
+    (folder / "run" / "folds.csv").write_bytes(folds)
+    found = attempt(runs.find_run, folder / "run", None, None, None)
+    if found is not None:
+        assert len(found.cohort.folds) == found.cohort.k * len(found.cohort.table)
+    return found
 
 
 @fuzz
 @given(st.data())
-def test_run_record(find, record, data):
-    find(json.dumps(replaced(record, data)).encode())
-
-
-@fuzz
-@given(st.data())
-def test_folds(find, folder, data):
-    lines = (folder / "folds.csv").read_bytes().splitlines(keepends=True)
-    every = list(range(len(lines)))
-    order = data.draw(st.just(every) | st.lists(st.sampled_from(every), min_size=1, max_size=20))
-    content = b"".join(lines[i] for i in order)
-    find(folds=patch(content, data.draw(patches(len(content)))))
-
-
-@fuzz
-@given(st.binary(max_size=100) | st.sampled_from([b"[" * 10**5, b'{"a":' * 10**5, b"1" * 10**5, b"{}"]))
-def test_record_bytes(find, content: bytes):
-    assert find(content) is None
+def test_run_record_and_folds(folder, record, data):
+    whole, content = (folder / "folds.csv").read_bytes(), json.dumps(record).encode()
+    assert find(folder, content, whole) is not None
+    find(folder, json.dumps(replaced(record, data)).encode(), whole)
+    lines = whole.splitlines(keepends=True)
+    order = data.draw(st.just(lines) | st.lists(st.sampled_from(lines), min_size=1, max_size=20))
+    find(folder, content, patch(b"".join(order), data.draw(patches(len(b"".join(order))))))
 
 
 IDENTITY, WEIGHTS = {"csv_sha256": "ab", "options": {"steps": 1}}, {"weights_sha256": "cd"}
@@ -246,9 +215,6 @@ def check_maps(method: Path, record: dict[str, Any], rows: bytes) -> Any:
 def test_map_record_and_subjects(folder, data):
     assert check_maps(folder / "maps" / "IG", MAP, ROWS)
     check_maps(folder / "maps" / "IG", replaced(MAP, data), patch(ROWS, data.draw(patches(len(ROWS)))))
-
-
-# Checkpoints -------------------------------------------------------------------------------------
 
 
 @fuzz

@@ -17,7 +17,8 @@ from internals.errors import InputError
 SHAPE = (4, 5, 6)
 
 
-# Reading -----------------------------------------------------------------------------------------
+def plain_scan(path: Path, kind: type[nib.Nifti1Image] = nib.Nifti1Image) -> Path:
+    return write_scan(path, voxels(3, shape=SHAPE), image_class=kind)
 
 
 def patched(path: Path, *fields: tuple[int, str, object]) -> Path:
@@ -26,7 +27,7 @@ def patched(path: Path, *fields: tuple[int, str, object]) -> Path:
     packed = raw[:2] == nifti.GZIP
     raw = bytearray(gzip.decompress(raw)) if packed else raw
     for offset, form, value in fields:
-        struct.pack_into(form, raw, offset, *np.atleast_1d(value).tolist())
+        struct.pack_into(form, raw, offset, *(value if isinstance(value, list) else [value]))
     path.write_bytes(gzip.compress(raw) if packed else raw)
     return path
 
@@ -56,7 +57,7 @@ def test_reads_what_nibabel_reads(tmp_path, name, image_class, dtype):
     assert grid.shape == nifti.read_grid(path).shape == SHAPE
 
 
-@pytest.mark.parametrize("dtype", [np.uint8, np.int16, np.int32, np.float32, np.float64])
+@pytest.mark.parametrize("dtype", [np.int16, np.float32, np.float64])
 @pytest.mark.parametrize(
     ("slope", "inter"), [(-0.5, 300), (1, 0), (1, 7), (0, 9), (np.nan, 1), (np.inf, 2), (3e-5, 0)]
 )
@@ -66,58 +67,47 @@ def test_scaling_is_nibabels(tmp_path, dtype, slope, inter):
     assert np.array_equal(nifti.read_image(path)[0], read_nifti(path).get_fdata(dtype=np.float32))
 
 
-def test_images_of_many_blocks(tmp_path, monkeypatch):
-    monkeypatch.setattr(nifti, "BLOCK", 7)
-    for name in ("a.nii", "a.nii.gz"):
-        path = write_scan(tmp_path / name, voxels(3, shape=SHAPE))
-        assert np.array_equal(nifti.read_image(path)[0], voxels(3, shape=SHAPE))
-
-
-def test_extensions_and_whatever_follows_plain_voxels_are_passed_over(tmp_path):
+def test_extensions_and_whatever_follows_plain_voxels_are_passed_over(tmp_path, monkeypatch):
+    monkeypatch.setattr(nifti, "BLOCK", 7)  # many of them
     image = nib.Nifti1Image(voxels(3, shape=SHAPE), AFFINE)
     image.header.extensions.append(nib.nifti1.Nifti1Extension("comment", b"born 1950" * 100))
     nib.save(image, tmp_path / "a.nii")
     nib.save(image, tmp_path / "a.nii.gz")
-    with (tmp_path / "a.nii").open("ab") as stream:
-        stream.write(b"rest")
-    for name in ("a.nii", "a.nii.gz"):
+    raw = (tmp_path / "a.nii").read_bytes()
+    (tmp_path / "a.nii").write_bytes(raw + b"rest")
+    (tmp_path / "members.nii.gz").write_bytes(gzip.compress(raw[:400]) + gzip.compress(raw[400:]))
+    for name in ("a.nii", "a.nii.gz", "members.nii.gz"):
         values, grid = nifti.read_image(tmp_path / name)
         assert np.array_equal(values, voxels(3, shape=SHAPE))
         nifti.save_map(values, grid.header, tmp_path / "map.nii")
         assert b"born" not in (tmp_path / "map.nii").read_bytes()
         assert np.array_equal(nifti.load_map(tmp_path / "map.nii"), values)
+    with pytest.raises(InputError, match=r"none\.nii: no such file"):
+        nifti.load_map(tmp_path / "none.nii")
 
 
 LENGTHS, FORM = 40, "<8h"  # where a NIfTI-1 header keeps its dimensions
 
 
+# fmt: off
 NONSENSE = [
     ((LENGTHS, FORM, [3, 30000, 30000, 30000, 1, 1, 1, 1]), "30000x30000x30000 voxels, more than"),
     ((LENGTHS, FORM, [3, 400, 400, 400, 1, 1, 1, 1]), "128000352 bytes"),
-    ((LENGTHS, FORM, [3, -4, 5, 6, 1, 1, 1, 1]), "(-4, 5, 6)"),
     ((LENGTHS, FORM, [3, -4, -5, 6, 1, 1, 1, 1]), "(-4, -5, 6)"),
     ((LENGTHS, FORM, [3, 0, 5, 6, 1, 1, 1, 1]), "(0, 5, 6)"),
-    ((LENGTHS, FORM, [4, 4, 5, 6, -1, 1, 1, 1]), "(4, 5, 6, -1)"),
     ((LENGTHS, FORM, [5, 4, 5, 6, -1, -1, 1, 1]), "(4, 5, 6, -1, -1)"),
-    ((LENGTHS, FORM, [4, 4, 5, 3, 2, 1, 1, 1]), "one 3D volume"),
-    ((LENGTHS, FORM, [2, 4, 30, 1, 1, 1, 1, 1]), "one 3D volume"),
-    ((108, "<f", np.nan), "vox_offset"),
-    ((108, "<f", np.inf), "vox_offset"),
-    ((108, "<f", -352), "byte -352"),
-    ((108, "<f", 0), "byte 0"),
-    ((108, "<f", 348), "byte 348"),
-    ((108, "<f", 352.5), "byte 352.5"),
-    ((108, "<f", 3e38), "byte 3e+38"),
-    ((108, "<f", 400), "640 bytes"),
-    ((70, "<h", 0), "data code 0"),
-    ((70, "<h", 32), "complex64"),
-    ((70, "<h", 128), "real voxels"),
-    ((70, "<h", 999), "999"),
-    ((344, "<3s", b"ni1"), "half of a .hdr/.img pair"),
-    ((344, "<3s", b"abc"), "no NIfTI header"),
-    ((280, "<f", np.nan), "affine"),
-    ((280, "<12f", np.zeros(12)), "affine"),
+    ((LENGTHS, FORM, [4, 4, 5, 3, 2, 1, 1, 1]), "one 3D volume, found shape (4, 5, 3, 2)"),
+    ((LENGTHS, FORM, [2, 4, 30, 1, 1, 1, 1, 1]), "one 3D volume, found shape (4, 30)"),
+    ((108, "<f", np.nan), "vox_offset"), ((108, "<f", np.inf), "vox_offset"),
+    ((108, "<f", -352), "byte -352"), ((108, "<f", 0), "byte 0"), ((108, "<f", 348), "byte 348"),
+    ((108, "<f", 352.5), "byte 352.5"), ((108, "<f", 3e38), "byte 3e+38"), ((108, "<f", 400), "640 bytes"),
+    ((70, "<h", 0), "data code 0"), ((70, "<h", 999), "data code 999"),
+    ((70, "<h", 32), "complex64"), ((70, "<h", 128), "real voxels"),
+    ((344, "<3s", b"ni1"), "half of a .hdr/.img pair"), ((344, "<3s", b"abc"), "no NIfTI header"),
+    ((280, "<f", np.nan), "affine"), ((280, "<12f", [0] * 12), "affine"),
+    ((252, "<2h3f", [1, 0, 3, 3, 3]), "affine"),  # a quaternion that is none
 ]
+# fmt: on
 
 
 # a packed file of this size may hold as many bytes as some of these headers claim
@@ -133,38 +123,22 @@ def test_headers_that_make_no_sense(tmp_path, field, words, name):
 
 @pytest.mark.parametrize("lengths", [[3, 2**62, 2**62, 2**62], [3, -1, 5, 6], [9, 4, 5, 6], [3, 4, 5, 2**40]])
 def test_nifti2_headers_that_make_no_sense(tmp_path, lengths):
-    path = write_scan(tmp_path / "a.nii", voxels(3, shape=SHAPE), image_class=nib.Nifti2Image)
-    refusal(patched(path, (16, f"<{len(lengths)}q", lengths)))
-
-
-def test_a_quaternion_that_is_none(tmp_path):
-    path = write_scan(tmp_path / "a.nii", voxels(3, shape=SHAPE))
-    assert "affine" in refusal(patched(path, (252, "<2h", [1, 0]), (256, "<3f", [3, 3, 3])))
+    refusal(patched(plain_scan(tmp_path / "a.nii", nib.Nifti2Image), (16, "<4q", lengths)))
 
 
 def test_small_repairs_are_made_without_a_word(tmp_path, caplog, capfd):
-    path = patched(
-        write_scan(tmp_path / "a.nii", voxels(3, shape=SHAPE)), (80, "<f", -1.5)
-    )  # a length is > 0
+    path = patched(plain_scan(tmp_path / "a.nii"), (80, "<f", -1.5))  # a length is > 0
     assert np.array_equal(nifti.read_grid(path).affine, AFFINE)
     assert caplog.messages == []
     assert capfd.readouterr().err == ""
 
 
-def test_an_intercept_that_is_not_finite(tmp_path):
-    path = patched(write_scan(tmp_path / "a.nii", voxels(3, shape=SHAPE)), (112, "<2f", [2, np.nan]))
+def test_values_that_are_not_finite(tmp_path, recwarn):
+    path = patched(plain_scan(tmp_path / "a.nii"), (112, "<2f", [2, np.nan]))
     with pytest.raises(InputError, match=r"cannot be read .*intercept"):
         nifti.read_image(path)
-
-
-def test_values_beyond_float32_are_infinite_without_a_warning(tmp_path, recwarn):
-    values = np.full(SHAPE, 1e300)
-    values[0, 0, 0] = -1e300
-    assert np.isinf(nifti.read_image(write_scan(tmp_path / "a.nii", values))[0]).all()
+    assert np.isinf(nifti.read_image(write_scan(tmp_path / "a.nii", np.full(SHAPE, -1e300)))[0]).all()
     assert not recwarn.list
-
-
-# Packed files ------------------------------------------------------------------------------------
 
 
 NOISE = np.random.default_rng(0).random((40, 40, 40))
@@ -180,9 +154,8 @@ DAMAGE = {
 }
 
 
-@pytest.mark.parametrize("damage", DAMAGE)
-def test_damage_beyond_the_header(tmp_path, damage):
-    change, words = DAMAGE[damage]
+@pytest.mark.parametrize(("change", "words"), DAMAGE.values(), ids=DAMAGE)
+def test_damage_beyond_the_header(tmp_path, change, words):
     path = tmp_path / "a.nii.gz"
     path.write_bytes(change(write_scan(tmp_path / "whole.nii", NOISE).read_bytes()))
     nifti.read_grid(path)
@@ -190,39 +163,24 @@ def test_damage_beyond_the_header(tmp_path, damage):
         nifti.read_image(path)
 
 
-def test_several_gzip_members_are_one_file(tmp_path):
-    raw = write_scan(tmp_path / "whole.nii", NOISE).read_bytes()
-    (tmp_path / "a.nii.gz").write_bytes(gzip.compress(raw[:1000]) + gzip.compress(raw[1000:]))
-    assert np.array_equal(nifti.read_image(tmp_path / "a.nii.gz")[0], NOISE.astype(np.float32))
-
-
-def test_suffix_and_content_must_agree(tmp_path):
-    plain = write_scan(tmp_path / "a.nii", voxels(3, shape=SHAPE)).read_bytes()
-    (tmp_path / "b.nii").write_bytes(gzip.compress(plain))
-    assert "packed with gzip, its name must end in .gz" in refusal(tmp_path / "b.nii")
-    (tmp_path / "c.nii.gz").write_bytes(plain)
-    assert "not packed with gzip" in refusal(tmp_path / "c.nii.gz")
-    for name in ("d.img", "d.nii.bz2", "d", "d.gz"):
+def test_what_is_no_file_or_has_another_name(tmp_path):
+    plain = plain_scan(tmp_path / "a.nii").read_bytes()
+    for name in ("d.img", "d.nii.bz2", "d", "d.gz", "plain.nii.gz"):
         (tmp_path / name).write_bytes(plain)
-        assert "expected a .nii or .nii.gz" in refusal(tmp_path / name)
-
-
-def test_what_is_no_file(tmp_path):
+    (tmp_path / "packed.nii").write_bytes(gzip.compress(plain))
     os.mkfifo(tmp_path / "pipe.nii")
     (tmp_path / "folder.nii").mkdir()
     (tmp_path / "empty.nii").touch()
     (tmp_path / "loop.nii").symlink_to(tmp_path / "loop.nii")
-    wrong = {"pipe.nii": "pipe", "folder.nii": "is a folder", "empty.nii": "no NIfTI header"}
+    wrong = dict.fromkeys(("d.img", "d.nii.bz2", "d", "d.gz"), "expected a .nii or .nii.gz")
     wrong |= {
-        "none.nii": "no such file",
-        "empty.nii/below.nii": "no such file",
-        "loop.nii": "cannot be found",
+        "packed.nii": "packed with gzip, its name must end in .gz",
+        "plain.nii.gz": "not packed with gzip",
     }
-    for name, words in (wrong | {"long" * 100 + ".nii": "too long"}).items():
+    wrong |= {"pipe.nii": "pipe", "folder.nii": "is a folder", "empty.nii": "no NIfTI header"}
+    wrong |= dict.fromkeys(("none.nii", "empty.nii/below.nii"), "no such file")
+    for name, words in (wrong | {"loop.nii": "cannot be found", "long" * 100 + ".nii": "too long"}).items():
         assert words in refusal(tmp_path / name)
-
-
-# Grids -------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -249,64 +207,36 @@ def test_image_that_lies_elsewhere(tmp_path, shape, affine, words):
         nifti.read_image(path, like, "the mask")
 
 
-def test_grid_of_a_record(tmp_path):
-    path = write_scan(tmp_path / "a.nii", voxels(0, shape=SHAPE))
-    assert nifti.read_grid(path).record() == {"shape": list(SHAPE), "affine": AFFINE.tolist()}
-
-
-def test_load_map_names_the_map(tmp_path):
-    with pytest.raises(InputError, match=r"map\.nii: no such file"):
-        nifti.load_map(tmp_path / "map.nii")
-
-
-# Writing -----------------------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize("affine", [AFFINE, OBLIQUE], ids=["straight", "oblique"])
 @pytest.mark.parametrize("name", ["map.nii", "map.nii.gz"])
-@pytest.mark.parametrize("image_class", [nib.Nifti1Image, nib.Nifti2Image])
-def test_map_lies_where_the_scan_lies(tmp_path, affine, name, image_class, caplog):
-    scan = read_nifti(
-        write_scan(tmp_path / "scan.nii", np.ones(SHAPE, np.int16), affine, image_class=image_class)
-    )
-    nifti.save_map(np.zeros(SHAPE), scan.header, tmp_path / name)
-    assert caplog.messages == []
-    found = read_nifti(tmp_path / name)
-    assert found.shape == SHAPE
+@pytest.mark.parametrize("kind", [nib.Nifti1Image, nib.Nifti2Image])
+def test_map_lies_where_the_scan_lies(tmp_path, affine, name, kind, caplog):
+    scan = read_nifti(write_scan(tmp_path / "scan.nii", voxels(0, shape=SHAPE), affine, kind))
     # NIfTI-1 keeps what it stores; a NIfTI-2 scan's float64 may be rounded to float32
-    rounding = 0 if image_class is nib.Nifti1Image else 2**-23
-    for get in ("get_sform", "get_qform"):
-        mine, code = getattr(found.header, get)(coded=True)
-        theirs, wanted = getattr(scan.header, get)(coded=True)
-        assert code == wanted != 0
-        assert np.allclose(mine, theirs, rtol=rounding, atol=rounding)
-    assert np.allclose(found.affine, scan.affine, rtol=rounding, atol=0)
-    assert np.allclose(found.header.get_zooms(), scan.header.get_zooms(), rtol=rounding, atol=0)
-    assert found.header.get_xyzt_units() == ("mm", "sec")
+    rounding = 0 if kind is nib.Nifti1Image else 2**-23
+    for sform, qform in [(4, 1), (0, 1), (4, 0), (2, 3)]:
+        header = scan.header.copy()
+        header["sform_code"], header["qform_code"] = sform, qform
+        nifti.save_map(np.zeros(SHAPE), header, tmp_path / name)
+        found = read_nifti(tmp_path / name)
+        assert found.shape == SHAPE
+        assert (found.header["sform_code"], found.header["qform_code"]) == (sform, qform)
+        for get in ("get_sform", "get_qform", "get_best_affine", "get_zooms"):
+            assert np.allclose(
+                getattr(found.header, get)(), getattr(header, get)(), rtol=rounding, atol=rounding
+            )
+        # of a qform: its rotation is three float32 numbers, a few parts in 1e7 of 90 mm
+        assert np.allclose(found.affine, affine, rtol=0, atol=1e-4)
+        assert found.header.get_xyzt_units() == ("mm", "sec")
+    assert caplog.messages == []
 
 
-@pytest.mark.parametrize(("sform", "qform"), [(0, 1), (4, 0), (2, 3)])
-def test_map_keeps_the_codes(tmp_path, sform, qform):
-    image = nib.Nifti1Image(np.ones(SHAPE, np.int16), AFFINE)
-    image.set_sform(AFFINE, code=sform)
-    image.set_qform(AFFINE, code=qform)
-    nib.save(image, tmp_path / "scan.nii")
-    nifti.save_map(np.zeros(SHAPE), read_nifti(tmp_path / "scan.nii").header, tmp_path / "map.nii")
-    found = read_nifti(tmp_path / "map.nii")
-    assert (int(found.header["sform_code"]), int(found.header["qform_code"])) == (sform, qform)
-    # a qform stores the rotation as three float32 numbers: a few parts in 1e7 of 90 mm
-    assert np.allclose(found.affine, AFFINE, rtol=0, atol=1e-4)
-
-
-@pytest.mark.parametrize("dtype", [np.float32, np.float64])
-def test_map_values_are_float32_and_unscaled(tmp_path, dtype):
-    path = write_scan(tmp_path / "scan.nii", np.ones(SHAPE, np.int16))
+def test_map_values_are_float32_and_unscaled(tmp_path):
+    path = plain_scan(tmp_path / "scan.nii")
     # the scan's own scl_slope and scl_inter, and a viewer's window: cal_max, cal_min
     patched(path, (112, "<2f", [3, -7]), (124, "<2f", [90, 10]))
-    values = (np.random.default_rng(0).normal(size=SHAPE) * 1e-6).astype(dtype)
-    kept = values.copy()
-    header = read_nifti(path).header
-    before = header.copy()
+    values, header = np.random.default_rng(0).normal(size=SHAPE) * 1e-6, read_nifti(path).header
+    kept, before = values.copy(), header.copy()
     nifti.save_map(values, header, tmp_path / "map.nii.gz")
     found = read_nifti(tmp_path / "map.nii.gz")
     assert found.get_data_dtype() == np.float32
@@ -314,6 +244,3 @@ def test_map_values_are_float32_and_unscaled(tmp_path, dtype):
     assert found.header["cal_max"] == found.header["cal_min"] == 0
     assert header == before
     assert np.array_equal(values, kept)
-    loaded = nifti.load_map(tmp_path / "map.nii.gz")
-    assert loaded.dtype == np.float32
-    assert np.array_equal(loaded, values.astype(np.float32))

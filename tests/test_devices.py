@@ -105,10 +105,10 @@ def test_devices_that_are_not(name):
 def test_float32_is_float32_unless_tf32_is_asked_for(monkeypatch, precision, tf32):
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 0))
     monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda emulated: True)
-    for library in (torch.backends.cudnn, torch.backends.cuda.matmul):
-        monkeypatch.setattr(library, "allow_tf32", not tf32)
+    torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = not tf32
     devices.set_precision(GPU, precision)
     assert torch.backends.cudnn.allow_tf32 == torch.backends.cuda.matmul.allow_tf32 == tf32
+    devices.set_precision(CPU, "fp32")  # as other tests have it
 
 
 def test_precisions_that_a_device_lacks(monkeypatch):

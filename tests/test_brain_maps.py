@@ -17,9 +17,6 @@ SHAPE = (12, 13, 14)
 EVERYWHERE = np.ones(SHAPE, bool)
 
 
-# METHOD folders ----------------------------------------------------------------------------------
-
-
 @pytest.fixture
 def maps(tmp_path) -> Path:
     """METHOD folders of three folds, whose maps are empty files, and another folder."""
@@ -90,9 +87,6 @@ def test_records_that_cannot_be(maps, content, words):
     record(maps, "IG", content)
     assert words in refused(maps)
     assert "IG" in refused(maps) or "different" in words
-
-
-# The reference -----------------------------------------------------------------------------------
 
 
 def reference_of(tmp_path: Path, values: np.ndarray, affine: np.ndarray, mask: np.ndarray, threshold=0.0):

@@ -29,9 +29,6 @@ from methods import METHODS
 CPU, GPU = torch.device("cpu"), torch.device("cuda", 0)
 
 
-# Choosing ----------------------------------------------------------------------------------------
-
-
 def test_devices_that_are_there(monkeypatch):
     assert devices.resolve_device("cpu") == CPU
     if torch.cuda.is_available():
@@ -85,9 +82,6 @@ def test_devices_that_are_not(name):
         devices.resolve_device(name)
 
 
-# Precision ---------------------------------------------------------------------------------------
-
-
 def test_float32_is_float32_unless_tf32_is_asked_for(monkeypatch):
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 0))
     monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda emulated: True)
@@ -105,9 +99,6 @@ def test_precisions_that_a_device_lacks(monkeypatch):
     for precision in ("tf32", "bf16"):
         with pytest.raises(InputError, match=f"--precision {precision}: Tesla T4 has no"):
             devices.set_precision(GPU, precision)
-
-
-# What is known -----------------------------------------------------------------------------------
 
 
 def test_cudnn_version_as_people_write_it(monkeypatch):
@@ -152,9 +143,6 @@ def test_known_faults_are_named(monkeypatch, row):
     assert devices.known_faults(CPU, precision) == []
 
 
-# Sizes -------------------------------------------------------------------------------------------
-
-
 def test_sizes_follow_the_free_memory_of_a_gpu(monkeypatch):
     """A 128th of it, as a power of two."""
     for free, expected in {2**20: 2**13, 8e9: 2**25, 24e9: 2**27, 80e9: 2**29, 180e9: 2**29}.items():
@@ -186,18 +174,14 @@ def test_largest_output_is_that_of_the_first_convolution(name):
 
 def test_batches_that_a_gpu_cannot_count_are_refused():
     """modelB52, five scans of the published grid: 52 * 191 * 227 * 191 * 5 = 2.153e9 > 2^31 = 2.147e9."""
-    per_scan = models.largest_output("modelB52", models.PUBLISHED_GRID)
-    assert per_scan == 52 * 191 * 227 * 191
-    devices.check_batch(4, per_scan, GPU)
-    devices.check_batch(5, per_scan, CPU)
-    devices.check_batch(5, models.largest_output("modelB48", models.PUBLISHED_GRID), GPU)
+    wide, narrow = (models.largest_output(name, models.PUBLISHED_GRID) for name in ("modelB52", "modelB48"))
+    assert wide == 52 * 191 * 227 * 191
+    for batch, values, device in ((4, wide, GPU), (5, wide, CPU), (5, narrow, GPU)):
+        devices.check_batch(batch, values, device)
     with pytest.raises(InputError, match=r"--batch 5: .* the largest batch that works is 4"):
-        devices.check_batch(5, per_scan, GPU)
+        devices.check_batch(5, wide, GPU)
     with pytest.raises(InputError, match="no batch works"):
         devices.check_batch(1, 2**31, GPU)
-
-
-# Networks, wherever they run ---------------------------------------------------------------------
 
 
 @over_places
@@ -261,17 +245,13 @@ def test_maps_in_float32_are_those_of_float64(place: Place, method: str):
     assert (found - exact).norm() < selfcheck.TOLERANCES["maps", "fp32"] * exact.norm()
 
 
-@over_places
+@pytest.mark.parametrize("place", [p for name, p in PLACES.items() if name != "cpu"], ids=str)
 def test_an_epoch_of_training_and_its_scores(place: Place):
-    """What train_cv.py does with a network, on any device, and the same with the layers as they stand."""
+    """As on the CPU; test_training.py holds that against a plain loop, test_fused.py against the layers."""
     case = CASES["B"]
-    model, scans, labels = (
-        random_network(case).float(),
-        random_volume(case, 5).float(),
-        torch.tensor([0, 1, 1, 0, 1]),
-    )
+    model, scans = random_network(case).float(), random_volume(case, 5).float()
     model.classifier[2].p = 0.0  # drawn otherwise on every device
-    loader = DataLoader(TensorDataset(scans, labels), 2)
+    loader = DataLoader(TensorDataset(scans, torch.tensor([0, 1, 1, 0, 1])), 2)
 
     def trained(network: models.CNN3d) -> Tensor:
         state = training.TrainingState(network, torch.optim.Adam(network.parameters(), lr=1e-3))
@@ -279,25 +259,10 @@ def test_an_epoch_of_training_and_its_scores(place: Place):
         assert all(values.device == CPU for values in training.plain_weights(network).values())
         return torch.tensor([*losses, *training.evaluate(network, loader)])
 
-    plain = copy.deepcopy(model).double().train()
-    optimiser, expected = torch.optim.Adam(plain.parameters(), lr=1e-3), []
-    for _ in range(2):
-        total = 0.0
-        for volume, label in loader:
-            optimiser.zero_grad()
-            loss = F.cross_entropy(plain.classifier(plain.features(volume.double()).flatten(1)), label)
-            loss.backward()
-            optimiser.step()
-            total += loss.item() * len(label) / len(labels)
-        expected.append(total)
+    expected = trained(copy.deepcopy(model)).double()
     assert expected[0] > expected[1] > 0
-    with torch.no_grad():
-        logits = plain.eval().classifier(plain.features(scans.double()).flatten(1))
-    expected += [F.cross_entropy(logits, labels).item(), (logits.argmax(1) == labels).double().mean().item()]
     # float32 through two epochs of Adam
-    torch.testing.assert_close(
-        place.do(trained, model), torch.tensor(expected).double(), rtol=1e-3, atol=1e-3
-    )
+    torch.testing.assert_close(place.do(trained, model), expected, rtol=1e-3, atol=1e-3)
 
 
 def test_a_loss_is_waited_for_one_step_late(monkeypatch):
@@ -353,9 +318,6 @@ def test_maps_are_described_where_there_is_no_float64(method):
     # other routines of the same float32 sums
     np.testing.assert_allclose(mean_there, mean, atol=1e-3 * np.abs(mean).max())
     pd.testing.assert_frame_equal(rows_there, rows, rtol=1e-3, atol=1e-3)
-
-
-# The self-check ----------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("width", [2, 4])  # those of the commands' own check and of bench/device.py

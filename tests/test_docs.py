@@ -21,9 +21,6 @@ OUTPUTS = ("csv", "json", "png", "py")  # overlap.csv is no name in overlap.py
 each_page = pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 
 
-# Reading Markdown --------------------------------------------------------------------------------
-
-
 def fences(page: Path) -> list[str]:
     """The Python examples of a page."""
     return re.findall(r"^```python\n(.*?)^```$", page.read_text(), re.M | re.S)
@@ -67,9 +64,6 @@ def tables(page: Path) -> Iterator[tuple[str, list[list[str]]]]:
             rows = []
         named = re.fullmatch(r"#+ .*?(\w+)\.py", line)
         command = named[1] if named else command
-
-
-# Options -----------------------------------------------------------------------------------------
 
 
 def option_tables() -> list[tuple[str, list[list[str]]]]:
@@ -145,9 +139,6 @@ def test_commands_in_the_pages_are_accepted(page):
             get_parser(Path(words[1]).stem).parse_args(words[2:])
 
 
-# README, links, make -----------------------------------------------------------------------------
-
-
 def test_readme_is_short_and_says_how_to_start():
     assert len(README.read_text().splitlines()) <= 150
     wanted = {"make demo", "make test", "python3 heatmap.py --method IG"}
@@ -180,9 +171,6 @@ def test_make():
     assert {word for word, sign, _ in said if not sign} <= targets
     assert {word for word, sign, _ in said if sign} <= variables
     assert targets <= set(make_words(CODE))
-
-
-# The code ----------------------------------------------------------------------------------------
 
 
 def test_map_of_the_code():

@@ -36,9 +36,6 @@ from internals.folded import (
 ORACLE = 1e-10
 
 
-# One block ---------------------------------------------------------------------------------------
-
-
 @over_cases
 @pytest.mark.parametrize("batch", [1, 3])
 def test_block_equals_its_four_layers(case: Case, batch: int):
@@ -77,9 +74,6 @@ def test_fold_by_hand():
     assert cache.conv_shape == (2, 2, 2)
 
 
-# Its parts ---------------------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize("kernel", [1, 2, 3, 5, 7])
 @pytest.mark.parametrize("channels", [1, 2])
 @pytest.mark.parametrize("batch", [1, 3])
@@ -108,8 +102,7 @@ def test_max_unpool_puts_values_back_at_the_maxima(window: int):
 
 
 def test_relu_backward():
-    gradient = torch.tensor([-2.0, 3, -4, 5])
-    outputs = torch.tensor([1.0, 0.1, 0, 0])
+    gradient, outputs = torch.tensor([-2.0, 3, -4, 5]), torch.tensor([1.0, 0.1, 0, 0])
     assert relu_backward(gradient, outputs).tolist() == [-2, 3, 0, 0]
     assert relu_backward(gradient, outputs, guided=True).tolist() == [0, 3, 0, 0]
     assert gradient.tolist() == [-2, 3, -4, 5]
@@ -143,9 +136,6 @@ def test_slabs_do_not_matter(monkeypatch, case: Case, batch: int):
         assert torch.equal(max_indices, results[0][1])
         assert difference(outputs, results[0][0]) < 1e-13  # sums of 343 products at most
         assert difference(gradient, results[0][2]) < 1e-13
-
-
-# The box around the head -------------------------------------------------------------------------
 
 
 def test_bounding_box_by_hand():
@@ -187,9 +177,6 @@ def test_padding_gives_the_whole_features(case: Case, batch: int):
         for block, padding in zip(network.blocks, network.paddings, strict=True):
             values = padding.pad(block.forward(values)[0])
         assert difference(values, model.features(volume)) < ORACLE
-
-
-# The whole network -------------------------------------------------------------------------------
 
 
 @over_cases

@@ -96,9 +96,6 @@ def captum_ggc(model: CNN3d, volume: Tensor, target: Tensor) -> Tensor:
     return method.attribute(volume, target, interpolate_mode="trilinear").detach()
 
 
-# Against the definition, and captum --------------------------------------------------------------
-
-
 @over_places
 @over_cases
 @pytest.mark.parametrize("batch", [1, 3])
@@ -119,9 +116,6 @@ def test_volumes_with_negative_values():
 def test_equals_captum_at_the_smallest_published_grid(family: str):
     model, volume = smallest_network(family)
     check_nearly_equal(guided_gradcam(model, volume, ONE), captum_ggc(model, volume, ONE))
-
-
-# By hand -----------------------------------------------------------------------------------------
 
 
 def test_network_by_hand():

@@ -71,9 +71,6 @@ def without_blank(model: CNN3d, volume: Tensor, target: Tensor, steps: int) -> T
     return integrated_gradients(model, volume, target, steps) - one / steps
 
 
-# Against the definition --------------------------------------------------------------------------
-
-
 @over_places
 @over_cases
 @pytest.mark.parametrize("batch", [1, 3])
@@ -139,9 +136,6 @@ def test_default_is_a_hundred_steps_from_black():
     assert integrated_gradients(model, volume, target, 3, volume).eq(0).all()
 
 
-# By hand -----------------------------------------------------------------------------------------
-
-
 def test_network_by_hand():
     """See `network_by_hand`. Gradient of logit 1 at (v000, v111, v222) for alpha = 0, 1/4, 1/2, 3/4.
 
@@ -175,9 +169,6 @@ def test_network_by_hand_from_half_the_scan():
     assert found.sum().item() == pytest.approx(3, rel=1e-12)
 
 
-# Identities --------------------------------------------------------------------------------------
-
-
 @over_cases
 @pytest.mark.parametrize("baseline", [False, True])
 def test_completeness_falls_like_one_over_steps(case: Case, baseline: bool):
@@ -196,9 +187,6 @@ def test_completeness_falls_like_one_over_steps(case: Case, baseline: bool):
     # went elsewhere would have it grow like the steps
     assert constant(16) < 3 * coarse
     assert constant(64) < 3 * coarse
-
-
-# captum ------------------------------------------------------------------------------------------
 
 
 def captum_ig(model: CNN3d, volume: Tensor, target: Tensor, steps: int, start: Tensor | None) -> Tensor:
@@ -228,9 +216,6 @@ def test_equals_captum(case: Case):
 def test_smallest_published_grid(family: str):
     model, volume = smallest_network(family)
     check_nearly_equal(without_blank(model, volume, ONE, 2), naive_ig(model, volume, ONE, 2, first=1))
-
-
-# Baselines and steps -----------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("shape", [(8, 8, 8), (1, 1, 8, 8, 9), (2, 1, 8, 8, 8), (1, 2, 8, 8, 8), (1,)])

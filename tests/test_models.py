@@ -28,9 +28,6 @@ def meta_model(name: str, *grid: int) -> models.CNN3d:
         return build_model(name, grid) if grid else build_model(name)
 
 
-# The published networks --------------------------------------------------------------------------
-
-
 def test_published_names():
     assert list(models.PUBLISHED) == [f"model{family}{width}" for family in "ABCD" for width in WIDTHS]
 
@@ -115,9 +112,6 @@ def test_unknown_names_and_grids_that_are_not_three_axes():
             build_model("modelA24", grid)
 
 
-# Evaluation mode ---------------------------------------------------------------------------------
-
-
 def flags(model: nn.Module) -> tuple[list[bool], list[bool]]:
     return [m.training for m in model.modules()], [p.requires_grad for p in model.parameters()]
 
@@ -135,9 +129,6 @@ def test_evaluation_mode_restores(error):
         if error:
             raise error
     assert flags(model) == before
-
-
-# Arguments ---------------------------------------------------------------------------------------
 
 
 @over_bad_arguments

@@ -113,9 +113,6 @@ def read_table(folder: Path, name: str = "overlap.csv") -> pd.DataFrame:
     return pd.read_csv(folder / name, dtype={"fold": str})
 
 
-# What is written ---------------------------------------------------------------------------------
-
-
 def test_record_and_these_files_and_no_others(compared, world):
     assert set(contents(compared)) == {"overlap.json", "overlap.csv", "overlap_ranked.csv", "overlap.png"}
     assert (compared / "overlap.png").read_bytes().startswith(b"\x89PNG")
@@ -184,9 +181,6 @@ def test_ranking_is_written_and_printed(world, compared, tmp_path, capsys):
     assert lines["GGC"].endswith(" 25%")
 
 
-# Options -----------------------------------------------------------------------------------------
-
-
 def test_results_go_to_the_maps_by_default_and_are_kept(copy, capsys):
     maps = copy / "heatmaps"
     argv = ["--maps", str(maps), "--reference", str(copy / "truth.nii.gz"), "--smooth", "0"]
@@ -218,9 +212,6 @@ def test_zeros_and_the_signs_of_formulas_are_fine(copy, tmp_path):
     zeros = read_table(tmp_path / "out").set_index("method").loc[name]
     assert (zeros["dice"] == zeros["dice_floor"]).all()
     assert zeros[["smoothness_mm", "random_dice", "percent_of_max"]].isna().all(axis=None)
-
-
-# An earlier comparison ---------------------------------------------------------------------------
 
 
 def test_comparison_of_an_earlier_version(world, compared, earlier, capsys):
@@ -258,9 +249,6 @@ def test_other_comparison_is_refused_and_overwritten_on_request(copy, compared, 
     assert "methods" in refused()
     assert compare(copy, earlier, *mask, "--overwrite") == 0
     assert "GGC" not in set(read_table(earlier)["method"])
-
-
-# Mistakes ----------------------------------------------------------------------------------------
 
 
 def refuse(world: Path, tmp_path: Path, capsys) -> str:

@@ -24,8 +24,6 @@ from overlap_scores import (
     rank,
 )
 
-# Scores ------------------------------------------------------------------------------------------
-
 
 def plain_dice(taken: list[bool], reference: list[bool]) -> float:
     """2 TP / (2 TP + FP + FN), voxel by voxel."""
@@ -106,9 +104,6 @@ def test_scores_by_hand():
     assert found["average_precision"] == pytest.approx((1 / 1 + 2 / 3 + 3 / 6) / 3)
 
 
-# Smoothing ---------------------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize("affine", [AFFINE, OBLIQUE])
 def test_smoothing_is_the_weighted_mean_of_the_mask_in_mm(affine):
     """Against a double loop over the voxels of a ragged mask that touches the grid's border."""
@@ -158,9 +153,6 @@ def test_smoothness_of_extremes():
     assert brain.smoothness(board.ravel().astype(np.float32)) == 0
 
 
-# Floors ------------------------------------------------------------------------------------------
-
-
 X, Y, Z = np.indices((20, 22, 18))
 ELLIPSOID = ((X - 9.5) / 10) ** 2 + ((Y - 10.5) / 11) ** 2 + ((Z - 8.5) / 9) ** 2 < 1
 BALLS = (np.minimum((X - 5) ** 2, (X - 14) ** 2) + (Y - 10) ** 2 + (Z - 8) ** 2 <= 6)[ELLIPSOID]
@@ -201,18 +193,6 @@ def test_random_maps_stand_beside_maps_of_their_smoothness():
     # the floor of the smoothest mean map of a METHOD
     assert found.iloc[4][["method", "fold", "fwhm_mm"]].tolist() == ["random", "all", 8]
     assert found.iloc[4][list(floor)].tolist() == pytest.approx([2.5, 0.25, 0.075])
-
-
-def test_deep_reference_gains_nothing_from_smoothing_noise():
-    """Zeros smoothed in from outside would make the magnitude of any noise largest deep in the brain."""
-    deep = ndimage.binary_erosion(ELLIPSOID, iterations=5)[ELLIPSOID]
-    noise = [np.abs(white((ELLIPSOID.sum(),), draw)) for draw in range(40)]
-    areas = [overlap_scores(BRAIN.smooth(values, 12), deep)["auc"] for values in noise]
-    # 40 draws; the mean AUC of plain smoothing is above 0.95 here
-    assert np.mean(areas) == pytest.approx(0.5, abs=4 * float(np.std(areas)) / math.sqrt(40))
-
-
-# Intervals ---------------------------------------------------------------------------------------
 
 
 def test_interval_by_definition():

@@ -40,21 +40,13 @@ def masks(cohort) -> tuple[np.ndarray, np.ndarray]:
     return read_values(cohort / "truth.nii.gz") == 1, read_values(cohort / "mask.nii.gz") == 1
 
 
-# The grid ----------------------------------------------------------------------------------------
-
-
-def test_grid():
-    for voxel, shape in {1: (193, 229, 193), 2.5: (77, 92, 77), 2: (97, 115, 97), 4: (49, 58, 49)}.items():
-        assert simulate.grid_shape(voxel) == shape
-        expected = [[voxel, 0, 0, -96], [0, voxel, 0, -132], [0, 0, voxel, -78], [0, 0, 0, 1]]
-        assert simulate.grid_affine(voxel).tolist() == expected
-
-
 def test_files_are_in_mni_space(cohort):
+    for voxel, shape in {1: (193, 229, 193), 2.5: (77, 92, 77), 2: (97, 115, 97), 4: (49, 58, 49)}.items():
+        affine = [[voxel, 0, 0, -96], [0, voxel, 0, -132], [0, 0, voxel, -78], [0, 0, 0, 1]]
+        assert (simulate.grid_shape(voxel), simulate.grid_affine(voxel).tolist()) == (shape, affine)
     for name in ("scans/sub-001_T1w.nii.gz", "truth.nii.gz", "mask.nii.gz"):
         nifti = read_nifti(cohort / name)
-        assert nifti.shape == (49, 58, 49)
-        assert np.array_equal(nifti.affine, simulate.grid_affine(4))
+        assert (nifti.shape, nifti.affine.tolist()) == (shape, affine)
         assert (int(nifti.header["sform_code"]), int(nifti.header["qform_code"])) == (4, 4)
         assert nifti.header.get_xyzt_units()[0] == "mm"
         assert nifti.header.get_data_dtype() == (np.int16 if "T1w" in name else np.uint8)
@@ -77,9 +69,6 @@ def test_template_is_upright():
     assert at(template.region, 40, -18, -17) == 0
 
 
-# The people --------------------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize("subjects", [7, 40])
 def test_labels_are_balanced_and_shuffled(subjects):
     labels, other = ([simulate.draw_subject(s, i, 1.0).label for i in range(subjects)] for s in (0, 1))
@@ -99,19 +88,13 @@ def test_only_the_planted_loss_knows_the_label():
     assert loss[patients].min() < loss[~patients].max() < loss[patients].median()  # the groups overlap
 
 
-def test_every_subject_of_every_seed_has_its_own_noise_and_anatomy():
+def test_severity_scales_the_planted_loss_only_and_each_subject_has_its_own_noise_and_anatomy():
     streams = {simulate.draw_subject(seed, index, 1.0).stream for seed in range(3) for index in range(3)}
     assert len({np.random.default_rng(stream).random() for stream in streams}) == 9
-
-
-def test_severity_scales_the_planted_loss_only():
     for index in range(4):
         one, two = (vars(simulate.draw_subject(5, index, severity)) for severity in (1.0, 2.0))
         assert two.pop("planted_loss") == 2 * one.pop("planted_loss")
         assert one == two
-
-
-# The scans ---------------------------------------------------------------------------------------
 
 
 def test_table_and_record(cohort):
@@ -184,9 +167,6 @@ def test_null_cohort_differs_only_where_loss_was_planted(cohort, scans, masks, t
         assert not (changed & ~near).any()
         assert (planted <= null).all()
         assert (planted - null).min() < -0.1 * null.max()
-
-
-# The folder --------------------------------------------------------------------------------------
 
 
 def test_same_seed_same_bytes_whatever_the_number_of_scans(cohort, tmp_path):

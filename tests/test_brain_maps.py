@@ -17,9 +17,6 @@ SHAPE = (12, 13, 14)
 EVERYWHERE = np.ones(SHAPE, bool)
 
 
-# METHOD folders ----------------------------------------------------------------------------------
-
-
 @pytest.fixture
 def maps(tmp_path) -> Path:
     """METHOD folders of three folds, whose maps are empty files, and another folder."""
@@ -54,19 +51,15 @@ def test_methods_with_and_without_a_record(maps):
     assert methods[2].files == {("SVM", fold): maps / "SVM" / name for fold, name in names.items()}
 
 
-def test_missing_maps_are_named(maps):
-    missing = ["GGC/map_all.nii.gz", "IG/map_f2.nii.gz", "SVM/map_f1.nii.gz"]
-    for name in missing:
-        (maps / name).unlink()
-    assert refused(maps) == f"maps are missing: {', '.join(str(maps / name) for name in missing)}"
-
-
-def test_method_of_other_folds(maps):
+def test_maps_that_are_missing_or_too_many(maps):
+    missing = [maps / name for name in ("GGC/map_all.nii.gz", "IG/map_f2.nii.gz", "SVM/map_f1.nii.gz")]
+    for file in missing:
+        file.unlink()
+    assert refused(maps) == f"maps are missing: {', '.join(map(str, missing))}"
+    for file in missing:
+        file.touch()
     (maps / "SVM" / "map_f2.nii.gz").unlink()
     assert refused(maps).endswith("differ in their number of folds: GGC has 3, IG has 3, SVM has 2")
-
-
-def test_map_of_a_fold_beyond_all_bounds(maps):
     (maps / "SVM" / f"map_f{10**30}.nii.gz").touch()
     assert refused(maps) == f"{maps / 'SVM'}: has {10**30 + 1} folds, expected at most 1000"
 
@@ -75,12 +68,10 @@ def test_map_of_a_fold_beyond_all_bounds(maps):
     ("content", "words"),
     [
         ({"folds": 10**9}, "has 1000000000 folds"),
-        ({"folds": -1}, "has -1 folds"),
         ({"folds": "3"}, "'folds' is '3'"),
         ({"folds": True}, "'folds' is True"),
         ({"csv_sha256": [["abc"]]}, "'csv_sha256' is [['abc']]"),
         ({"zero_maps_per_fold": 5}, "'zero_maps_per_fold' is 5"),
-        ({"zero_maps_per_fold": {"0": "x"}}, "'0' is 'x'"),
         ({"scans_per_fold": {"0": -1}}, "'0' is -1"),
         ({"scans_per_fold": {"0": True}}, "'0' is True"),
         ({"zero_maps_per_fold": {"0": 9}, "scans_per_fold": {"0": 8}}, "9 of 8 maps are zero everywhere"),
@@ -96,9 +87,6 @@ def test_records_that_cannot_be(maps, content, words):
     record(maps, "IG", content)
     assert words in refused(maps)
     assert "IG" in refused(maps) or "different" in words
-
-
-# The reference -----------------------------------------------------------------------------------
 
 
 def reference_of(tmp_path: Path, values: np.ndarray, affine: np.ndarray, mask: np.ndarray, threshold=0.0):
@@ -119,9 +107,8 @@ def test_reference_is_above_a_threshold_inside_the_mask(tmp_path, capsys, thresh
     assert np.array_equal(reference_of(tmp_path, values, AFFINE, mask, threshold), above)
     said = capsys.readouterr().out
     assert "resampled" not in said
-    outside = (~mask & (values > threshold)).sum()
     assert f"{above.sum()} of the mask's {mask.sum()} voxels" in said
-    assert f"{outside} more lie outside" in said
+    assert f"{(~mask & (values > threshold)).sum()} more lie outside" in said
 
 
 @pytest.mark.parametrize("off", [(0, 0, 0), (0.6, -0.9, 0.5), (-0.6, 0.9, -0.5)])  # less than half a voxel
@@ -168,10 +155,9 @@ def test_oblique_reference_lands_where_it_lies_in_mm(tmp_path, capsys):
         assert found[place] == (inside and bool(values[tuple(nearest)])), place
 
 
-@pytest.mark.parametrize("axis", [0, 1, 2])
-@pytest.mark.parametrize("distance", [-500, 500])
-def test_reference_elsewhere(tmp_path, axis, distance):
+@pytest.mark.parametrize("shift", [*(500 * np.eye(3)), *(-500 * np.eye(3))])
+def test_reference_elsewhere(tmp_path, shift):
     affine = AFFINE.copy()
-    affine[axis, 3] += distance
+    affine[:3, 3] += shift
     with pytest.raises(InputError, match="its field of view does not meet the mask's"):
         reference_of(tmp_path, np.ones(SHAPE, np.uint8), affine, EVERYWHERE)

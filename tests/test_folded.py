@@ -7,7 +7,6 @@ import pytest
 import torch
 import torch.nn.functional as F
 from networks import (
-    CASES,
     Case,
     difference,
     example,
@@ -25,7 +24,6 @@ from internals.devices import to_memory_format
 from internals.folded import (
     FoldedBlock,
     FoldedNetwork,
-    batchnorm_scale,
     bounding_box,
     convolve,
     full_box,
@@ -36,9 +34,6 @@ from internals.folded import (
 
 # Sums of at most a few thousand float64 terms, in another order
 ORACLE = 1e-10
-
-
-# One block ---------------------------------------------------------------------------------------
 
 
 @over_cases
@@ -79,18 +74,6 @@ def test_fold_by_hand():
     assert cache.conv_shape == (2, 2, 2)
 
 
-def test_batchnorm_scale_is_what_batchnorm_multiplies_with():
-    norm = random_network(CASES["B"]).blocks()[1].norm
-    with torch.no_grad():
-        ones, zeros = (torch.full((1, 3, 1, 1, 1), value, dtype=torch.float64) for value in (1, 0))
-        expected = (norm(ones) - norm(zeros)).flatten()
-        assert (expected < 0).any()
-        torch.testing.assert_close(batchnorm_scale(norm), expected, rtol=1e-13, atol=1e-13)
-
-
-# Its parts ---------------------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize("kernel", [1, 2, 3, 5, 7])
 @pytest.mark.parametrize("channels", [1, 2])
 @pytest.mark.parametrize("batch", [1, 3])
@@ -106,33 +89,20 @@ def test_it_is_the_transposed_convolution(kernel: int, channels: int, batch: int
     assert difference(transposed_convolution(gradient, weight), expected) < 1e-13  # at most 3 * 343 terms
 
 
-def test_transposed_convolution_by_hand():
-    """Outputs (2, 3) of the kernel (1, 10) along the first axis touch 2 voxels each, and share one."""
-    weight = torch.zeros(1, 1, 2, 2, 2)
-    weight[0, 0, :, 0, 0] = torch.tensor([1.0, 10])
-    found = transposed_convolution(torch.tensor([2.0, 3]).view(1, 1, 2, 1, 1), weight)
-    assert found[0, 0, :, 0, 0].tolist() == [2, 20 + 3, 30]
-    assert found.sum() == 55
-
-
 @pytest.mark.parametrize("window", [1, 2, 3])
 def test_max_unpool_puts_values_back_at_the_maxima(window: int):
     torch.manual_seed(0)
     values = torch.randn(2, 3, 7, 9, 8, dtype=torch.float64)
     pooled, max_indices = F.max_pool3d(values, window, return_indices=True)
     found = max_unpool(pooled, max_indices, values.shape[2:])
-    x, y, z = (edge - edge % window for edge in (7, 9, 8))
-    largest = torch.zeros_like(values)  # the window's maximum at each of its voxels
-    largest[:, :, :x, :y, :z] = (
-        pooled.repeat_interleave(window, 2).repeat_interleave(window, 3).repeat_interleave(window, 4)
-    )
-    assert torch.equal(found, torch.where(values == largest, values, 0))
-    assert found.count_nonzero() == pooled.numel()
+    taken = found != 0
+    assert torch.equal(found[taken], values[taken])
+    assert taken.sum() == pooled.numel()
+    assert torch.equal(F.max_pool3d(torch.where(taken, found, -torch.inf), window), pooled)
 
 
 def test_relu_backward():
-    gradient = torch.tensor([-2.0, 3, -4, 5])
-    outputs = torch.tensor([1.0, 0.1, 0, 0])
+    gradient, outputs = torch.tensor([-2.0, 3, -4, 5]), torch.tensor([1.0, 0.1, 0, 0])
     assert relu_backward(gradient, outputs).tolist() == [-2, 3, 0, 0]
     assert relu_backward(gradient, outputs, guided=True).tolist() == [0, 3, 0, 0]
     assert gradient.tolist() == [-2, 3, -4, 5]
@@ -166,9 +136,6 @@ def test_slabs_do_not_matter(monkeypatch, case: Case, batch: int):
         assert torch.equal(max_indices, results[0][1])
         assert difference(outputs, results[0][0]) < 1e-13  # sums of 343 products at most
         assert difference(gradient, results[0][2]) < 1e-13
-
-
-# The box around the head -------------------------------------------------------------------------
 
 
 def test_bounding_box_by_hand():
@@ -210,9 +177,6 @@ def test_padding_gives_the_whole_features(case: Case, batch: int):
         for block, padding in zip(network.blocks, network.paddings, strict=True):
             values = padding.pad(block.forward(values)[0])
         assert difference(values, model.features(volume)) < ORACLE
-
-
-# The whole network -------------------------------------------------------------------------------
 
 
 @over_cases

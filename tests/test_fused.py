@@ -38,10 +38,9 @@ def test_same_outputs_gradients_and_statistics_as_the_layers(
         output.backward(gradient)
 
     pairs = [outputs, [values.grad for values in inputs]]
-    pairs += [[norm.get_parameter(name).grad for norm in norms] for name in ("weight", "bias")]
+    pairs += [[n.weight.grad for n in norms], [n.bias.grad for n in norms]]
     pairs += [[norm.get_buffer(name) for norm in norms] for name, _ in norms[0].named_buffers()]
     for wanted, found in pairs:
-        assert found is not None
         # float64 rounds at 1e-16; sums over some 1000 voxels stay far below 1e-12
         torch.testing.assert_close(found, wanted, rtol=0, atol=1e-12)
 
@@ -102,19 +101,3 @@ def test_taps_as_channels_are_the_same_convolution(kernel: int, batch: int) -> N
         F.conv3d(volume.bfloat16().float(), conv.weight), conv.weight, gradient.bfloat16().float()
     )
     assert (slopes - expected).abs().max() < 2**-7 * expected.abs().max()
-
-
-def test_a_step_in_16_bits_is_close_to_that_in_32() -> None:
-    """Both ways the gradient points the same way; rounding at 2**-9 in every layer turns it a little."""
-    torch.manual_seed(0)
-    model = build_model("modelA2", (110, 111, 112))
-    model.classifier[2].p = 0.0
-    volume, label = torch.rand(2, 1, 110, 111, 112), torch.tensor([0, 1])
-    gradients = []
-    for enabled in (False, True):
-        model.zero_grad()
-        with torch.autocast("cpu", torch.bfloat16, enabled=enabled):
-            loss = F.cross_entropy(model(volume).float(), label)
-        loss.backward()
-        gradients.append(torch.cat([p.grad.flatten() for p in model.classifier.parameters()]))
-    assert F.cosine_similarity(*gradients, dim=0) > 0.9

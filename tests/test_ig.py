@@ -71,9 +71,6 @@ def without_blank(model: CNN3d, volume: Tensor, target: Tensor, steps: int) -> T
     return integrated_gradients(model, volume, target, steps) - one / steps
 
 
-# Against the definition --------------------------------------------------------------------------
-
-
 @over_places
 @over_cases
 @pytest.mark.parametrize("batch", [1, 3])
@@ -133,11 +130,10 @@ def test_steps_taken_together_or_alone(monkeypatch, baseline: bool):
 
 def test_default_is_a_hundred_steps_from_black():
     model, volume, target = example(CASES["one block"])
-    found = integrated_gradients(model, volume, target)
-    assert difference(found, naive_ig(model, volume, target, 100)) < ORACLE
-
-
-# By hand -----------------------------------------------------------------------------------------
+    expected = naive_ig(model, volume, target, 100)
+    assert difference(integrated_gradients(model, volume, target), expected) < ORACLE
+    # and a scan that is its baseline gets zeros
+    assert integrated_gradients(model, volume, target, 3, volume).eq(0).all()
 
 
 def test_network_by_hand():
@@ -173,28 +169,6 @@ def test_network_by_hand_from_half_the_scan():
     assert found.sum().item() == pytest.approx(3, rel=1e-12)
 
 
-# Identities --------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("baseline", [False, True])
-@pytest.mark.parametrize("steps", [1, 3])
-def test_linear_network_is_exact_with_any_steps(baseline: bool, steps: int):
-    """Pools of one voxel and relus held open: F is linear, and the map gradient times difference."""
-    model, volume, target = example(Case(((5, 1), (3, 1)), (9, 12, 10)))
-    with torch.no_grad():
-        for layers in model.blocks():
-            layers.norm.bias.add_(100)
-        model.linears()[0].bias.add_(1e4)
-    start = baseline_like(volume, one_for_all=False) if baseline else None
-    found = integrated_gradients(model, volume, target, steps, start)
-    origin = torch.zeros_like(volume) if start is None else start
-    expected = (volume - origin) * gradient(model, volume, target)
-    assert difference(found, expected) < ORACLE
-    change = (model(volume) - model(origin)).gather(1, target[:, None]).flatten()
-    # F is of order 1e4 here, so its differences round at about 1e-11
-    torch.testing.assert_close(found.flatten(1).sum(1), change.detach(), rtol=1e-9, atol=1e-9)
-
-
 @over_cases
 @pytest.mark.parametrize("baseline", [False, True])
 def test_completeness_falls_like_one_over_steps(case: Case, baseline: bool):
@@ -215,9 +189,6 @@ def test_completeness_falls_like_one_over_steps(case: Case, baseline: bool):
     assert constant(64) < 3 * coarse
 
 
-# captum ------------------------------------------------------------------------------------------
-
-
 def captum_ig(model: CNN3d, volume: Tensor, target: Tensor, steps: int, start: Tensor | None) -> Tensor:
     """captum keeps its step sizes in float32; powers of two are exact in it."""
     return IntegratedGradients(model).attribute(
@@ -227,19 +198,16 @@ def captum_ig(model: CNN3d, volume: Tensor, target: Tensor, steps: int, start: T
 
 @over_cases
 def test_equals_captum(case: Case):
+    """From black, 8 IG(8) - 4 IG(4) is the sum over the odd eighths: in both is the blank image's term."""
     model, volume, target = example(case)
     start = baseline_like(volume, one_for_all=False)
-    found = integrated_gradients(model, volume, target, 4, start)
-    assert difference(found, captum_ig(model, volume, target, 4, start)) < ORACLE
-
-
-@over_cases
-def test_equals_captum_from_black(case: Case):
-    """8 IG(8) - 4 IG(4) is the sum over the odd eighths: the blank image, see `without_blank`, is in both."""
-    model, volume, target = example(case)
-    expected, found = (
+    found, expected = (
+        method(model, volume, target, 4, start) for method in (integrated_gradients, captum_ig)
+    )
+    assert difference(found, expected) < ORACLE
+    found, expected = (
         8 * method(model, volume, target, 8, None) - 4 * method(model, volume, target, 4, None)
-        for method in (captum_ig, integrated_gradients)
+        for method in (integrated_gradients, captum_ig)
     )
     assert difference(found, expected) < ORACLE
 
@@ -250,24 +218,13 @@ def test_smallest_published_grid(family: str):
     check_nearly_equal(without_blank(model, volume, ONE, 2), naive_ig(model, volume, ONE, 2, first=1))
 
 
-# Baselines and steps -----------------------------------------------------------------------------
-
-
-def test_scan_that_is_its_baseline_gets_zeros():
-    model, volume, target = example(CASES["one block"])
-    assert integrated_gradients(model, volume, target, 3, volume).eq(0).all()
-
-
-@pytest.mark.parametrize("steps", [0, -1])
-def test_bad_steps(steps: int):
-    with pytest.raises(ValueError, match="steps"):
-        integrated_gradients(**arguments(), steps=steps)
-
-
 @pytest.mark.parametrize("shape", [(8, 8, 8), (1, 1, 8, 8, 9), (2, 1, 8, 8, 8), (1, 2, 8, 8, 8), (1,)])
-def test_bad_baseline(shape: tuple[int, ...]):
+def test_bad_baseline_and_steps(shape: tuple[int, ...]):
     with pytest.raises(ValueError, match="baseline"):
         integrated_gradients(**arguments(), baseline=torch.rand(shape))
+    for steps in (0, -1):
+        with pytest.raises(ValueError, match="steps"):
+            integrated_gradients(**arguments(), steps=steps)
 
 
 def test_no_block_behind_the_first_is_needed():

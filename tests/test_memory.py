@@ -10,10 +10,10 @@ from internals import memory
 GB = 10**9
 
 
-def machine(root: Path, free: int = 100 * GB, held: int = 0, groups: str = "") -> Path:
-    """A /proc with so many bytes free on the machine, and held by this process."""
+def machine(root: Path, held: int = 0, groups: str = "") -> Path:
+    """A /proc of a machine with 100 GB free, and so many bytes held by this process."""
     files = {
-        "meminfo": f"MemTotal:       999999999 kB\nMemAvailable:   {free // 1024} kB\n",
+        "meminfo": f"MemTotal:       999999999 kB\nMemAvailable:   {100 * GB // 1024} kB\n",
         "self/status": f"Name:\tpython3\nVmRSS:\t{held // 1024} kB\n",
         "self/cgroup": groups,
     }
@@ -34,10 +34,6 @@ def group(folder: Path, version: int, limit: int | str, used: int, cached: int =
 
 def test_it_is_of_this_machine():
     assert 0 < memory.available() <= os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-
-
-def test_what_the_machine_has_free(tmp_path):
-    assert memory.available(machine(tmp_path), {}) == pytest.approx(100 * GB, abs=1024)  # /proc counts in KiB
 
 
 @pytest.mark.parametrize("limited", ["job", "user", "top"])
@@ -62,39 +58,31 @@ def test_version_1(tmp_path):
     assert memory.available(tmp_path, {}) == 3 * GB
 
 
-def test_a_container_sees_the_upper_end_of_its_path(tmp_path):
-    """Its own group is the root of what it sees, under the name that the host has for it."""
-    machine(tmp_path, groups="0::/docker/0123abcd\n")
-    group(tmp_path / "sys/fs/cgroup", 2, 4 * GB, GB)
-    assert memory.available(tmp_path, {}) == 3 * GB
-
-
-def test_a_group_that_says_only_half(tmp_path):
-    """Without a memory.stat its limit counts; one that cannot be read is passed over."""
+def test_groups_of_containers_full_and_half_said(tmp_path):
+    """A container's own group is the root of what it sees, under the name that the host has for it."""
     machine(tmp_path, groups="0::/user/job\n")
     top = tmp_path / "sys/fs/cgroup"
-    group(top / "user", 2, 4 * GB, GB, cached=GB)
-    (top / "user/memory.stat").unlink()
-    (top / "user/job/memory.max").mkdir(parents=True)
+    group(top, 2, 4 * GB, GB, cached=GB)
+    assert memory.available(tmp_path, {}) == 4 * GB
+    (top / "memory.stat").unlink()  # its limit counts
+    (top / "user/job/memory.max").mkdir(parents=True)  # cannot be read: passed over
     assert memory.available(tmp_path, {}) == 3 * GB
-
-
-def test_a_group_that_is_full_leaves_nothing(tmp_path):
-    machine(tmp_path, groups="0::/\n")
-    group(tmp_path / "sys/fs/cgroup", 2, GB, 2 * GB)
+    group(top, 2, GB, 2 * GB)
     assert memory.available(tmp_path, {}) == 0
 
 
 @pytest.mark.parametrize(
-    ("environment", "gigabytes"),
+    ("variables", "expected"),
     [
-        ({"SLURM_MEM_PER_NODE": "8192"}, 8 * 1.073741824),
-        ({"SLURM_MEM_PER_CPU": "2048", "SLURM_CPUS_ON_NODE": "4"}, 8 * 1.073741824),
-        ({"SLURM_MEM_PER_CPU": "2048"}, 2 * 1.073741824),
-        ({"SLURM_MEM_PER_NODE": "0"}, 101),  # all of the node
-        ({"SLURM_MEM_PER_NODE": "n/a"}, 101),
+        ("MEM_PER_NODE=8192", 2**33 - GB),
+        ("MEM_PER_CPU=2048 CPUS_ON_NODE=4", 2**33 - GB),
+        ("MEM_PER_CPU=2048", 2**31 - GB),
+        ("MEM_PER_NODE=0", 100 * GB),  # all of the node
+        ("MEM_PER_NODE=n/a", 100 * GB),
+        ("", 100 * GB),
     ],
 )
-def test_what_slurm_granted_less_what_is_held(tmp_path, environment, gigabytes):
+def test_what_slurm_granted_less_what_is_held(tmp_path, variables, expected):
+    environment = {f"SLURM_{name}": value for name, value in (pair.split("=") for pair in variables.split())}
     found = memory.available(machine(tmp_path, held=GB), environment)
-    assert found == pytest.approx((gigabytes - 1) * GB, abs=1024)
+    assert found == pytest.approx(expected, abs=1024)  # /proc counts in KiB

@@ -28,15 +28,9 @@ def save(values: np.ndarray, path: Path) -> None:
     nib.save(nib.Nifti1Image(values, AFFINE), path)
 
 
-def brain_and_truth() -> tuple[np.ndarray, np.ndarray]:
-    """A mask off the centre of the grid, and a block that reaches out of it."""
-    mask, truth = np.zeros((2, *SHAPE), bool)
-    mask[2:10, 3:12, 1:12] = True
-    truth[4:7, 5:9, 0:5] = True
-    return mask, truth
-
-
-MASK, TRUTH = brain_and_truth()
+# a mask off the centre of the grid, and a block that reaches out of it
+MASK, TRUTH = np.zeros((2, *SHAPE), bool)
+MASK[2:10, 3:12, 1:12] = TRUTH[4:7, 5:9, 0:5] = True
 BRAIN, REFERENCE = overlap_scores.BrainMask(MASK, AFFINE), TRUTH[MASK]
 
 
@@ -90,31 +84,33 @@ def _few_noise_draws():
 
 
 def compare(world: Path, outpath: Path, *options: str) -> int:
-    argv = ["--maps", str(world / "heatmaps"), "--reference", str(world / "truth.nii.gz")]
-    argv += ["--outpath", str(outpath), "--smooth", *map(str, LEVELS), "--rank-smooth", "3"]
-    return overlap.main([*argv, "--mask", str(world / "mask.nii.gz"), *options])
+    argv = [
+        "--maps",
+        str(world / "heatmaps"),
+        "--reference",
+        str(world / "truth.nii.gz"),
+        "--outpath",
+        str(outpath),
+    ]
+    return overlap.main([*argv, "--smooth", *map(str, LEVELS), "--rank-smooth", "3", *options])
 
 
 @pytest.fixture(scope="module")
 def compared(world, tmp_path_factory) -> Path:
-    """What the command writes; read only."""
+    """What the command writes with a mask; read only."""
     folder = tmp_path_factory.mktemp("compared")
-    assert compare(world, folder) == 0
+    assert compare(world, folder, "--mask", str(world / "mask.nii.gz")) == 0
     return folder
+
+
+@pytest.fixture
+def earlier(compared, tmp_path) -> Path:
+    """The same, to be changed."""
+    return Path(shutil.copytree(compared, tmp_path / "earlier"))
 
 
 def read_table(folder: Path, name: str = "overlap.csv") -> pd.DataFrame:
     return pd.read_csv(folder / name, dtype={"fold": str})
-
-
-# What is written ---------------------------------------------------------------------------------
-
-
-def test_defaults_are_the_specified_ones():
-    args = vars(overlap.get_parser().parse_args(["--reference", "truth.nii.gz"]))
-    expected = {"maps": Path("heatmaps"), "reference": Path("truth.nii.gz"), "reference_threshold": 0}
-    expected |= {"mask": None, "smooth": [0, 2, 4, 6, 8, 10, 12], "rank_smooth": 8}
-    assert args == expected | {"outpath": None, "seed": 0, "overwrite": False}
 
 
 def test_record_and_these_files_and_no_others(compared, world):
@@ -122,89 +118,67 @@ def test_record_and_these_files_and_no_others(compared, world):
     assert (compared / "overlap.png").read_bytes().startswith(b"\x89PNG")
     record = json.loads((compared / "overlap.json").read_text())
     options = {"reference_threshold": 0, "rank_smooth": 3, "seed": 0, "smooth": LEVELS, "methods": METHODS}
+    options |= {"versions": storage.package_versions(), "finished": ["overlap"]}
     assert record.items() >= options.items()
     maps = {f"{m}, fold {f}": f"heatmaps/{m}/map_f{f}.nii.gz" for m in METHODS for f in range(K)}
     maps |= {f"{m}, fold all": f"heatmaps/{m}/map_all.nii.gz" for m in METHODS}
-    maps |= {"reference": "truth.nii.gz", "mask": "mask.nii.gz"}
-    maps |= {"mean_scan": "heatmaps/IG/mean_scan.nii.gz"}
+    maps |= {"reference": "truth.nii.gz", "mask": "mask.nii.gz", "mean_scan": "heatmaps/IG/mean_scan.nii.gz"}
     assert record["sha256"] == {name: storage.file_sha256(world / file) for name, file in maps.items()}
-    assert record["versions"] == storage.package_versions()
-    assert record["finished"] == ["overlap"]
 
 
-def test_table_has_every_map_and_floor_once(compared):
+def test_table_holds_the_scores_of_smoothed_magnitudes(compared):
+    table = read_table(compared).set_index(["method", "fold", "fwhm_mm"])
+    rows = [(m, fold, fwhm) for m in METHODS for fold in ("0", "1", "2", "all") for fwhm in LEVELS]
+    rows += [(floor, "all", fwhm) for floor in ("edges", "random") for fwhm in LEVELS]
+    assert table.index.tolist() == rows
+    for method, fold, fwhm in rows[: -2 * len(LEVELS)]:
+        folds = [fold_map(method, fold) for fold in range(K)]
+        values = np.mean(folds, axis=0) if fold == "all" else folds[int(fold)]
+        smooth = BRAIN.smooth(np.abs(values[MASK]).astype(np.float32), fwhm)
+        expected = overlap_scores.overlap_scores(smooth, REFERENCE)
+        expected["smoothness_mm"] = BRAIN.smoothness(smooth)
+        found = table.loc[(method, fold, fwhm), list(expected)].to_dict()
+        # the mean map is rounded to float32 where it is saved
+        assert found == pytest.approx(expected, rel=1e-5), (method, fold, fwhm)
+
+
+def test_table_holds_floors_and_intervals(compared, world):
     table = read_table(compared)
     assert list(table.columns[: len(COLUMNS)]) == COLUMNS
-    folds = [*map(str, range(K)), "all"]
-    expected = [(m, fold, fwhm) for m in METHODS for fold in folds for fwhm in LEVELS]
-    expected += [(floor, "all", fwhm) for floor in ("edges", "random") for fwhm in LEVELS]
-    assert list(table[["method", "fold", "fwhm_mm"]].itertuples(index=False, name=None)) == expected
-
-
-@pytest.mark.parametrize("method", METHODS)
-def test_table_holds_the_scores_of_smoothed_magnitudes(compared, method):
-    table = read_table(compared).set_index(["method", "fold", "fwhm_mm"])
-    folds = [fold_map(method, fold) for fold in range(K)]
-    maps = {str(fold): values for fold, values in enumerate(folds)} | {"all": np.mean(folds, axis=0)}
-    for fold, values in maps.items():
-        for fwhm in LEVELS:
-            smooth = BRAIN.smooth(np.abs(values[MASK]).astype(np.float32), fwhm)
-            expected = overlap_scores.overlap_scores(smooth, REFERENCE)
-            expected["smoothness_mm"] = BRAIN.smoothness(smooth)
-            found = table.loc[(method, fold, fwhm), list(expected)].to_dict()
-            # the mean map is rounded to float32 where it is saved
-            assert found == pytest.approx(expected, rel=1e-5), (fold, fwhm)
-
-
-def test_table_holds_floors_and_intervals(compared):
-    table = read_table(compared)
     scores = table.loc[table["method"] != "random", [*COLUMNS, "smoothness_mm"]]
     floor = overlap_scores.random_floor(REFERENCE, BRAIN, scores["smoothness_mm"].max(), seed=0)
     expected = overlap_scores.add_intervals(overlap_scores.add_random(scores, floor), seed=0)
     pd.testing.assert_frame_equal(table, expected)
     assert set(table.loc[table["minus_untrained"].notna(), "method"]) == {"IG"}
-
-
-def test_edge_filter_is_the_gradient_of_the_mean_scan(compared, world):
+    # the edge filter is the gradient of the mean scan
     scan = nib.Nifti1Image.from_filename(world / "heatmaps" / "IG" / "mean_scan.nii.gz").get_fdata()
-    parts = [ndimage.gaussian_filter(scan, 1, order=[int(a == axis) for a in range(3)]) for axis in range(3)]
-    edges = np.sqrt(sum(part**2 for part in parts))[MASK]
-    row = read_table(compared).set_index(["method", "fwhm_mm"]).loc[("edges", 0)]
-    expected = overlap_scores.overlap_scores(edges, REFERENCE)
-    assert row[list(expected)].to_dict() == pytest.approx(expected, rel=1e-4)  # the command's is in float32
+    parts = [ndimage.gaussian_filter(scan, 1, order=order) for order in np.eye(3, dtype=int)]
+    edges = overlap_scores.overlap_scores(np.sqrt(sum(part**2 for part in parts))[MASK], REFERENCE)
+    row = table.set_index(["method", "fwhm_mm"]).loc[("edges", 0)]
+    assert row[list(edges)].to_dict() == pytest.approx(edges, rel=1e-4)  # the command's is in float32
 
 
-def test_ranking_is_written_and_printed(world, tmp_path, capsys):
-    assert compare(world, tmp_path) == 0
-    said = capsys.readouterr().out
-    ranked = read_table(tmp_path, "overlap_ranked.csv")
+def test_ranking_is_written_and_printed(world, compared, tmp_path, capsys):
+    """Without --mask, which here gives the same voxels; the ranked smoothing is always among the levels."""
+    assert compare(world, tmp_path, "--smooth", "0", "6") == 0
+    assert read_table(tmp_path).equals(read_table(compared))
+    said, ranked = capsys.readouterr().out, read_table(tmp_path, "overlap_ranked.csv").set_index("method")
+    assert "no --mask" in said
+    assert "3 mm" in said
+    assert said.splitlines()[-1] == f"written to {tmp_path}: overlap.csv, overlap_ranked.csv, overlap.png"
     assert ranked["dice"].is_monotonic_decreasing
     assert (ranked["fwhm_mm"] == 3).all()
-    assert sorted(ranked["method"]) == sorted([*METHODS, "edges", "random"])
-    assert "3 mm" in said
+    assert sorted(ranked.index) == sorted([*METHODS, "edges", "random"])
     lines = {line.split()[0]: line for line in said.splitlines()}
-    assert [name for name in lines if name in set(ranked["method"])] == ranked["method"].tolist()
-    assert said.splitlines()[-1] == f"written to {tmp_path}: overlap.csv, overlap_ranked.csv, overlap.png"
-    compared = ranked.set_index("method")["than_the_next"].dropna()
-    trained = [method for method in ranked["method"] if method in ("GGC", "IG", "SVM")]
-    assert compared.index.tolist() == trained[:-1]
-    assert set(compared) <= {"better", "not separated"}
+    assert [name for name in lines if name in ranked.index] == ranked.index.tolist()
+    verdicts = ranked["than_the_next"].dropna()
+    assert verdicts.index.tolist() == [name for name in ranked.index if name in ("GGC", "IG", "SVM")][:-1]
+    assert set(verdicts) <= {"better", "not separated"}
     # as map.json counts them; blank where it does not
     assert ranked.columns[-1] == "zero_share"
-    assert ranked.set_index("method")["zero_share"].dropna().to_dict() == {"GGC": 6 / 24}
-    assert lines["GGC"].endswith(" 25%")
+    assert ranked["zero_share"].dropna().to_dict() == {"GGC": 6 / 24}
     assert [name for name in lines if lines[name].endswith("%")] == ["GGC"]
-
-
-# Options -----------------------------------------------------------------------------------------
-
-
-def test_mask_is_where_the_mean_scan_is_unless_given(world, tmp_path, capsys, compared):
-    argv = ["--maps", str(world / "heatmaps"), "--reference", str(world / "truth.nii.gz")]
-    argv += ["--outpath", str(tmp_path), "--rank-smooth", "3", "--smooth"]
-    assert overlap.main([*argv, "0", "6"]) == 0  # the ranked smoothing is always among the levels
-    assert "no --mask" in capsys.readouterr().out
-    assert read_table(tmp_path).equals(read_table(compared))  # here the same voxels
+    assert lines["GGC"].endswith(" 25%")
 
 
 def test_results_go_to_the_maps_by_default_and_are_kept(copy, capsys):
@@ -240,67 +214,41 @@ def test_zeros_and_the_signs_of_formulas_are_fine(copy, tmp_path):
     assert zeros[["smoothness_mm", "random_dice", "percent_of_max"]].isna().all(axis=None)
 
 
-# An earlier comparison ---------------------------------------------------------------------------
-
-
-def test_comparison_of_an_earlier_version(world, compared, tmp_path, capsys):
+def test_comparison_of_an_earlier_version(world, compared, earlier, capsys):
     """Kept where all is there; made again where the column zero_share is not. Refused where it is damaged."""
-    folder = Path(shutil.copytree(compared, tmp_path / "copy"))
-    record = storage.read_json(folder / "overlap.json")
+    mask, file = ["--mask", str(world / "mask.nii.gz")], earlier / "overlap_ranked.csv"
+    record = storage.read_json(earlier / "overlap.json")
     del record["finished"]
-    storage.write_json(record, folder / "overlap.json")
-    before = contents(folder)
-    assert compare(world, folder) == 0
+    storage.write_json(record, earlier / "overlap.json")
+    before = contents(earlier)
+    assert compare(world, earlier, *mask) == 0
     assert "compared before, kept" in capsys.readouterr().out
-    assert contents(folder) == before
-    file = folder / "overlap_ranked.csv"
-    read_table(folder, file.name).drop(columns="zero_share").to_csv(file, index=False)
-    assert compare(world, folder) == 0
+    assert contents(earlier) == before
+    read_table(earlier, file.name).drop(columns="zero_share").to_csv(file, index=False)
+    assert compare(world, earlier, *mask) == 0
     assert "compared before" not in capsys.readouterr().out
-    assert contents(folder) == contents(compared)
+    assert contents(earlier) == contents(compared)
     file.write_text("")
-    assert compare(world, folder) == 2
+    assert compare(world, earlier, *mask) == 2
     assert f"{file}: cannot be read" in only_error(capsys.readouterr().err)
 
 
-def test_interrupted_comparison_starts_again(world, compared, tmp_path, monkeypatch, capsys):
-    def interrupt(*_: object) -> None:
-        raise KeyboardInterrupt
+def test_other_comparison_is_refused_and_overwritten_on_request(copy, compared, earlier, capsys):
+    mask = ["--mask", str(copy / "mask.nii.gz")]
 
-    with monkeypatch.context() as patch:
-        patch.setattr(overlap.figures, "draw_overlap", interrupt)
-        assert compare(world, tmp_path) == 130
-    assert "the same command starts again" in capsys.readouterr().err
-    assert compare(world, tmp_path) == 0
-    assert contents(tmp_path) == contents(compared)
+    def refused(*options: str) -> str:
+        assert compare(copy, earlier, *mask, *options) == 2
+        assert contents(earlier) == contents(compared)
+        return only_error(capsys.readouterr().err)
 
-
-@pytest.mark.parametrize("change", ["--seed 1", "--smooth 0", "--reference-threshold 0.5", "--rank-smooth 6"])
-def test_other_comparison_is_refused_and_overwritten_on_request(world, compared, tmp_path, capsys, change):
-    folder = Path(shutil.copytree(compared, tmp_path / "copy"))
-    (folder / "notes.txt").write_text("mine")
-    before = contents(folder)
-    assert compare(world, folder, *change.split()) == 2
-    assert "--overwrite" in only_error(capsys.readouterr().err)
-    assert contents(folder) == before
-    assert compare(world, folder, *change.split(), "--overwrite") == 0
-    after = contents(folder)
-    assert after["notes.txt"] == b"mine"
-    assert after["overlap.json"] != before["overlap.json"]
-
-
-def test_comparison_of_other_maps_is_refused(copy, compared, tmp_path, capsys):
-    folder = Path(shutil.copytree(compared, tmp_path / "copy"))
+    for change in ("--seed 1", "--smooth 0", "--reference-threshold 0.5", "--rank-smooth 6"):
+        assert "--overwrite" in refused(*change.split())
     save(fold_map("SVM", 0), copy / "heatmaps" / "SVM" / "map_all.nii.gz")
-    assert compare(copy, folder) == 2
-    assert "SVM, fold all" in only_error(capsys.readouterr().err)
+    assert "SVM, fold all" in refused()
     shutil.rmtree(copy / "heatmaps" / "GGC")
-    assert compare(copy, folder) == 2
-    assert "methods" in only_error(capsys.readouterr().err)
-    assert contents(folder) == contents(compared)
-
-
-# Mistakes ----------------------------------------------------------------------------------------
+    assert "methods" in refused()
+    assert compare(copy, earlier, *mask, "--overwrite") == 0
+    assert "GGC" not in set(read_table(earlier)["method"])
 
 
 def refuse(world: Path, tmp_path: Path, capsys) -> str:
@@ -310,12 +258,13 @@ def refuse(world: Path, tmp_path: Path, capsys) -> str:
     return only_error(capsys.readouterr().err)
 
 
-@pytest.mark.parametrize("name", ["random", "edges", "a\nb", "\x1b[31m", "\u202eGI"])
-def test_method_of_a_name_that_cannot_be(copy, tmp_path, capsys, name):
-    (copy / "heatmaps" / "IG").rename(copy / "heatmaps" / name)
-    line = refuse(copy, tmp_path, capsys)
-    assert "cannot have this name" in line
-    assert line.rstrip("\n").isprintable()
+def test_methods_of_names_that_cannot_be(copy, tmp_path, capsys):
+    place = copy / "heatmaps" / "IG"
+    for name in ("random", "edges", "a\nb", "\x1b[31m", "\u202eGI"):
+        place = place.rename(copy / "heatmaps" / name)
+        line = refuse(copy, tmp_path, capsys)
+        assert "cannot have this name" in line
+        assert line.rstrip("\n").isprintable()
 
 
 def test_maps_that_change_while_they_are_read(copy, tmp_path, monkeypatch, capsys):

@@ -40,24 +40,13 @@ def masks(cohort) -> tuple[np.ndarray, np.ndarray]:
     return read_values(cohort / "truth.nii.gz") == 1, read_values(cohort / "mask.nii.gz") == 1
 
 
-# The grid ----------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize(
-    ("voxel", "shape"),
-    [(1, (193, 229, 193)), (2.5, (77, 92, 77)), (2, (97, 115, 97)), (4, (49, 58, 49))],
-)
-def test_grid(voxel, shape):
-    assert simulate.grid_shape(voxel) == shape
-    expected = [[voxel, 0, 0, -96], [0, voxel, 0, -132], [0, 0, voxel, -78], [0, 0, 0, 1]]
-    assert simulate.grid_affine(voxel).tolist() == expected
-
-
 def test_files_are_in_mni_space(cohort):
+    for voxel, shape in {1: (193, 229, 193), 2.5: (77, 92, 77), 2: (97, 115, 97), 4: (49, 58, 49)}.items():
+        affine = [[voxel, 0, 0, -96], [0, voxel, 0, -132], [0, 0, voxel, -78], [0, 0, 0, 1]]
+        assert (simulate.grid_shape(voxel), simulate.grid_affine(voxel).tolist()) == (shape, affine)
     for name in ("scans/sub-001_T1w.nii.gz", "truth.nii.gz", "mask.nii.gz"):
         nifti = read_nifti(cohort / name)
-        assert nifti.shape == (49, 58, 49)
-        assert np.array_equal(nifti.affine, simulate.grid_affine(4))
+        assert (nifti.shape, nifti.affine.tolist()) == (shape, affine)
         assert (int(nifti.header["sform_code"]), int(nifti.header["qform_code"])) == (4, 4)
         assert nifti.header.get_xyzt_units()[0] == "mm"
         assert nifti.header.get_data_dtype() == (np.int16 if "T1w" in name else np.uint8)
@@ -80,15 +69,11 @@ def test_template_is_upright():
     assert at(template.region, 40, -18, -17) == 0
 
 
-# The people --------------------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize("subjects", [7, 40])
 def test_labels_are_balanced_and_shuffled(subjects):
-    labels = [simulate.draw_subject(0, index, 1.0).label for index in range(subjects)]
+    labels, other = ([simulate.draw_subject(s, i, 1.0).label for i in range(subjects)] for s in (0, 1))
     assert abs(2 * sum(labels) - subjects) <= 1
-    assert labels not in (sorted(labels), sorted(labels, reverse=True))
-    assert labels != [simulate.draw_subject(1, index, 1.0).label for index in range(subjects)]
+    assert labels not in (sorted(labels), sorted(labels, reverse=True), other)
 
 
 def test_only_the_planted_loss_knows_the_label():
@@ -103,19 +88,13 @@ def test_only_the_planted_loss_knows_the_label():
     assert loss[patients].min() < loss[~patients].max() < loss[patients].median()  # the groups overlap
 
 
-def test_every_subject_of_every_seed_has_its_own_noise_and_anatomy():
+def test_severity_scales_the_planted_loss_only_and_each_subject_has_its_own_noise_and_anatomy():
     streams = {simulate.draw_subject(seed, index, 1.0).stream for seed in range(3) for index in range(3)}
     assert len({np.random.default_rng(stream).random() for stream in streams}) == 9
-
-
-def test_severity_scales_the_planted_loss_only():
     for index in range(4):
         one, two = (vars(simulate.draw_subject(5, index, severity)) for severity in (1.0, 2.0))
         assert two.pop("planted_loss") == 2 * one.pop("planted_loss")
         assert one == two
-
-
-# The scans ---------------------------------------------------------------------------------------
 
 
 def test_table_and_record(cohort):
@@ -123,13 +102,11 @@ def test_table_and_record(cohort):
     record = json.loads((cohort / "cohort.json").read_text())
     assert list(table.columns) == ["path", "label", "subject"]
     assert table.path.tolist() == [f"scans/sub-00{i}_T1w.nii.gz" for i in range(1, 7)]
-    assert table.label.sum() == 3
-    assert record["planted"] is True
-    assert (record["severity"], record["voxel_mm"], record["seed"]) == (1, 4, 1)
-    assert (record["number_of_subjects"], record["finished"]) == (6, ["cohort"])
+    said = {"planted": True, "severity": 1, "voxel_mm": 4, "seed": 1, "number_of_subjects": 6}
+    assert record.items() >= (said | {"finished": ["cohort"]}).items()
     drawn = [simulate.draw_subject(1, index, 1.0) for index in range(6)]
     assert record["subjects"] == json.loads(json.dumps([vars(person) for person in drawn]))
-    assert [person["label"] for person in record["subjects"]] == table.label.tolist()
+    assert [person.label for person in drawn] == table.label.tolist()
 
 
 def test_scans_are_brains_and_patients_darker_in_the_truth(cohort, scans, masks):
@@ -192,13 +169,8 @@ def test_null_cohort_differs_only_where_loss_was_planted(cohort, scans, masks, t
         assert (planted - null).min() < -0.1 * null.max()
 
 
-# The folder --------------------------------------------------------------------------------------
-
-
 def test_same_seed_same_bytes_whatever_the_number_of_scans(cohort, tmp_path):
     few = contents(cohort)
-    assert make(tmp_path / "again") == 0
-    assert contents(tmp_path / "again") == few
     assert make(tmp_path / "more", "--subjects", "8") == 0
     more = contents(tmp_path / "more")
     assert len(more) == len(few) + 2
@@ -220,37 +192,18 @@ def test_same_command_keeps_the_cohort_and_another_is_refused(cohort, capsys):
         "--null": "severity (1.0 there, 0.0 now)",
     }.items():
         assert make(cohort, *change.split()) == 2
-        line = only_error(capsys.readouterr().err)
-        assert line.startswith(f"error: {cohort / 'cohort.json'} is of another run: {words}; ")
-        assert "--overwrite" in line
+        assert f"is of another run: {words}; " in only_error(capsys.readouterr().err)
     assert contents(cohort) == before
-
-
-def test_interrupted_cohort_starts_again(cohort, tmp_path, monkeypatch, capsys):
-    def interrupt(people, template, voxel, folder) -> None:
-        simulate.save_volume(np.zeros((2, 2, 2), np.uint8), voxel, folder / "scans" / "sub-001_T1w.nii.gz")
-        raise KeyboardInterrupt
-
-    (tmp_path / "scans").mkdir()
-    with monkeypatch.context() as patch:
-        patch.setattr(simulate, "save_scans", interrupt)
-        assert make(tmp_path) == 130
-    assert "the same command starts again" in capsys.readouterr().err
-    assert make(tmp_path, "--seed", "2") == 2
-    assert make(tmp_path) == 0
-    assert contents(tmp_path) == contents(cohort)
 
 
 def test_overwrite_replaces_the_cohort_and_nothing_else(cohort, tmp_path):
     shutil.copytree(cohort, tmp_path, dirs_exist_ok=True)
-    foreign = {"notes.txt": b"mine", "scans/sub-900_T1w.nii.gz": b"mine"}
-    for name, content in foreign.items():
-        (tmp_path / name).write_bytes(content)
+    foreign = tmp_path / "scans" / "sub-900_T1w.nii.gz"
+    foreign.write_bytes(b"mine")
     assert make(tmp_path, "--subjects", "4", "--overwrite") == 0
-    after = contents(tmp_path)
-    assert {name: after[name] for name in foreign} == foreign
-    scans = {name for name in after if name.startswith("scans/")} - set(foreign)
-    assert scans == {f"scans/sub-00{i}_T1w.nii.gz" for i in range(1, 5)}
+    assert foreign.read_bytes() == b"mine"
+    scans = {path.name for path in (tmp_path / "scans").iterdir()} - {foreign.name}
+    assert scans == {f"sub-00{i}_T1w.nii.gz" for i in range(1, 5)}
 
 
 def test_record_of_many_subjects_can_be_read_again():
@@ -259,42 +212,17 @@ def test_record_of_many_subjects_can_be_read_again():
     assert 30_000 * size / len(people) < storage.RECORD_SIZE
 
 
-# Mistakes ----------------------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize(
-    ("options", "named"),
+    ("name", "words"),
     [
-        ("--subjects 3", "'3' is not an integer >= 4"),
-        ("--voxel 0.5", "'0.5' is not a number >= 1 and <= 4"),
-        ("--voxel nan", "--voxel"),
-        ("--seed -1", "--seed"),
-        ("--severity -0.1", "--severity"),
-        ("--depth 2", "--depth"),
+        ("scans/sub-004_T1w.nii.gz", "scans/sub-004_T1w.nii.gz is in the way"),
+        ("scans", "--outpath .: scans is not a folder"),
     ],
 )
-def test_bad_options(options, named, tmp_path, capsys):
-    assert make(tmp_path / "cohort", *options.split()) == 2
-    assert named in only_error(capsys.readouterr().err)
-    assert not (tmp_path / "cohort").exists()
-
-
-FOREIGN = [
-    ("cohort.json", "precious", "", "cohort.json: cannot be read as JSON"),
-    ("data.csv", "precious", "", "data.csv is in the way"),
-    ("scans/sub-004_T1w.nii.gz", "precious", "", "scans/sub-004_T1w.nii.gz is in the way"),
-    ("cohort.json", "precious", "--overwrite", "cohort.json: cannot be read as JSON"),
-    ("cohort.json", '{"subjects": 6}', "--overwrite", "cohort.json: not written by simulate.py"),
-    ("scans", "a file", "", "--outpath .: scans is not a folder"),
-    ("taken", "a file", "--outpath taken", "--outpath taken: taken is not a folder"),
-]
-
-
-@pytest.mark.parametrize(("name", "content", "options", "words"), FOREIGN)
-def test_files_of_others_stop_the_run(name, content, options, words, tmp_path, monkeypatch, capsys):
+def test_scans_of_others_stop_the_run(name, words, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     Path(name).parent.mkdir(exist_ok=True)
-    Path(name).write_text(content)
-    assert make(Path(), *options.split()) == 2
+    Path(name).write_text("precious")
+    assert make(Path()) == 2
     assert only_error(capsys.readouterr().err).startswith(f"error: {words}")
-    assert contents(tmp_path) == {name: content.encode()}
+    assert contents(tmp_path) == {name: b"precious"}

@@ -55,9 +55,7 @@ class Method:
 
 
 STEPS = Option("steps", 100, "steps of the Riemann sum", utils.bounded(int, at_least=1))
-BETA = Option(
-    "beta", 0.5, "weight of negative contributions", utils.bounded(float, at_least=0, at_most=100)
-)
+BETA = Option("beta", 0.5, "weight of negative contributions", utils.bounded(float, at_least=0, at_most=100))
 
 METHODS: dict[str, Method] = {
     # relevance is conserved (Bach et al. 2015, equation 2)

@@ -217,7 +217,7 @@ FAR = {torch.float32: 0.5, torch.bfloat16: selfcheck.TOLERANCES["training gradie
         for name, place in PLACES.items()
         for family in models.FAMILIES
         for dtype in FAR
-        # the stand-in has no autocast; a CPU without instructions for bfloat16 takes minutes for large kernels
+        # the stand-in has no autocast; a CPU without bfloat16 instructions takes minutes for large kernels
         if dtype == torch.float32
         or (place.kind != "stand-in for cuda" and (place.kind != "cpu" or family == "B"))
     ],

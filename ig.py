@@ -1,6 +1,6 @@
 """Integrated gradients (Sundararajan, Taly and Yan 2017, arXiv 1703.01365), left Riemann sum."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 import torch
 from torch import Tensor
@@ -9,10 +9,10 @@ import utils
 from internals.devices import values_at_once
 from internals.folded import (
     FoldedNetwork,
+    add_at_maxima,
     bounding_box,
     convolve,
     pool_in_slabs,
-    relu_backward,
     transposed_convolution,
     unpool_and_transpose,
 )
@@ -82,7 +82,7 @@ def _sum_from_zero(network: FoldedNetwork, volume: Tensor, target: Tensor, alpha
     # At alpha = 0 the image is blank and all windows are tied: their maxima are where a constant has them.
     blank, blank_indices = block.pool(volume.new_zeros(1, 1, *conv_shape))
     blank = blank.expand(len(target), len(block.shift), -1, -1, -1)
-    first = _pooled_gradient(network, block.activate(blank), target)
+    first = network.pooled_gradient(block.activate(blank), target)
     total = unpool_and_transpose(
         first, blank_indices.expand(blank.shape), conv_shape, block.weight, block.window
     )
@@ -91,7 +91,7 @@ def _sum_from_zero(network: FoldedNetwork, volume: Tensor, target: Tensor, alpha
     summed = torch.zeros_like(pooled)
     for chunk in _chunks(alphas[1:], pooled):
         features = block.activate(pooled, chunk)  # (S * B, n, x, y, z)
-        for gradient in _pooled_gradient(network, features, target).split(len(target)):
+        for gradient in _gradients(network, features, target):
             summed += gradient
     return total.add_(unpool_and_transpose(summed, max_indices, conv_shape, block.weight, block.window))
 
@@ -110,16 +110,16 @@ def _sum_from_baseline(
     for chunk in _chunks(alphas, slope):
         channels = len(chunk) * total.shape[0] * total.shape[1]
         pooled, max_indices = pool_in_slabs(pool, slope.shape[2:], block.window, channels, total.device)
-        gradient = _pooled_gradient(network, block.activate(pooled), target)
-        for part, indices in zip(gradient.split(len(target)), max_indices.split(len(target)), strict=True):
-            total.flatten(2).scatter_add_(2, indices.flatten(2), part.flatten(2))
+        gradients = _gradients(network, block.activate(pooled), target)
+        for gradient, indices in zip(gradients, max_indices.split(len(target)), strict=True):
+            add_at_maxima(total, gradient, indices)
     return transposed_convolution(total, block.weight)
 
 
-def _pooled_gradient(network: FoldedNetwork, features: Tensor, target: Tensor) -> Tensor:
-    """Gradient of the logits before the first ReLU, (S * B, n, x, y, z), for S steps of B scans."""
+def _gradients(network: FoldedNetwork, features: Tensor, target: Tensor) -> Sequence[Tensor]:
+    """Gradient of the logits before the first ReLU, (B, n, x, y, z), for each of S steps of B scans."""
     target = target.repeat(len(features) // len(target))
-    return relu_backward(network.gradient(features, target), features)
+    return network.pooled_gradient(features, target).split(len(target))
 
 
 def _chunks(alphas: Tensor, values: Tensor) -> Iterable[Tensor]:

@@ -105,18 +105,21 @@ class FoldedBlock:
             The box of all inputs to read, and the box of the pooled outputs that they make. The outputs are
             those that see a voxel of `box`; the inputs are what these outputs see.
         """
-        kernel, window = self.weight.shape[2], self.window
-        inputs, outputs = [], []
-        for axis, edge in zip(box, self.conv_shape(input_shape), strict=True):
-            count = edge // window
-            begin = max(min((axis.start - kernel + 1) // window, count - 1), 0)
-            end = max(min(-(-axis.stop // window), count), begin + 1)
-            outputs.append(slice(begin, end))
-            # at the end of the axis, the voxels that fill no window belong to the box too
-            inputs.append(
-                slice(begin * window, end * window + kernel - 1 if end < count else edge + kernel - 1)
-            )
-        return tuple(inputs), tuple(outputs)
+        inputs, outputs = zip(*map(self.propagate_axis, box, input_shape), strict=True)
+        return inputs, outputs
+
+    def propagate_axis(self, axis: slice, edge: int) -> tuple[slice, slice]:
+        """`propagate_box` along one axis, whose inputs have `edge` voxels."""
+        kernel, count = self.weight.shape[2], (edge - self.weight.shape[2] + 1) // self.window
+        begin = max(min((axis.start - kernel + 1) // self.window, count - 1), 0)
+        end = max(min(-(-axis.stop // self.window), count), begin + 1)
+        field = self.receptive_field(slice(begin, end))
+        # at the end of the axis, the voxels that fill no window belong to the box too
+        return field if end < count else slice(field.start, edge), slice(begin, end)
+
+    def receptive_field(self, outputs: slice) -> slice:
+        """The inputs that some pooled outputs see, along one axis."""
+        return slice(outputs.start * self.window, outputs.stop * self.window + self.weight.shape[2] - 1)
 
 
 @dataclass(frozen=True)
@@ -203,6 +206,15 @@ class FoldedNetwork:
         for block, padding, cache in behind_first:
             gradient = padding.crop(block.backward(gradient, cache))
         return gradient
+
+    def pooled_gradient(self, features: Tensor, target: Tensor) -> Tensor:
+        """The same before the first ReLU: at the maxima of the first pool's windows."""
+        return relu_backward(self.gradient(features, target), features)
+
+    def input_gradient(self, volume: Tensor, target: Tensor) -> Tensor:
+        """Gradient of the target logit at the scan, like `volume`, which is what lies in `input_box`."""
+        features, cache = self.blocks[0].forward(volume)
+        return self.blocks[0].backward(self.gradient(features, target), cache)
 
 
 # Boxes -------------------------------------------------------------------------------------------
@@ -324,6 +336,11 @@ def max_unpool(values: Tensor, max_indices: Tensor, shape: torch.Size) -> Tensor
     full = _empty((*values.shape[:2], *shape), values).zero_()
     full.flatten(2).scatter_(2, max_indices.flatten(2), values.flatten(2))  # flatten(2) of `full` is a view
     return full
+
+
+def add_at_maxima(total: Tensor, values: Tensor, max_indices: Tensor) -> None:
+    """Add pooled values (B, n, x, y, z) at their maxima to a grid before the pool, (B, n, X, Y, Z)."""
+    total.flatten(2).scatter_add_(2, max_indices.flatten(2), values.flatten(2))
 
 
 def gather_at_maxima(values: Tensor, max_indices: Tensor) -> Tensor:

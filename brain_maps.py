@@ -18,12 +18,15 @@ from internals.errors import InputError, blaming
 from internals.nifti import Grid
 from internals.results import FINISHED, SUMMARY
 
-UNTRAINED = "-random"  # METHOD-random holds the maps of untrained networks
-FLOORS = ("edges", "random")  # stand among the METHODs
+# networks that know nothing of the disease, and what the folder of their maps has in its name after METHOD
+FLOORS = {"untrained": "-random", "permuted": "-permuted"}
+GROUPS = {"controls": 0, "patients": 1}  # whose mean maps lie beside that of all, and their label
+RESERVED = ("edges", "random")  # these floors stand among the METHODs
 MOST_FOLDS = 1000
 DIGESTS = {"csv_sha256": "CSVs", "scans_sha256": "scans", "folds_sha256": "folds"}  # and what they are of
 
-Maps = dict[tuple[str, str], np.ndarray]  # by method and fold, "0" ... "k-1" or "all": magnitudes, (V,)
+# by method and fold, "0" ... "k-1", "all", or a group of all folds: magnitudes, (V,)
+Maps = dict[tuple[str, str], np.ndarray]
 
 
 # The METHOD folders ------------------------------------------------------------------------------
@@ -52,8 +55,10 @@ class MethodMaps:
 
     @property
     def files(self) -> dict[tuple[str, str], Path]:
-        """The maps by method and fold; the fold is "0" ... "k-1" or "all"."""
+        """The maps by method and fold; the fold is "0" ... "k-1", "all", or a group that has one."""
         names = {str(fold): f"map_f{fold}.nii.gz" for fold in range(self.folds)} | {"all": "map_all.nii.gz"}
+        groups = {group: f"map_{group}.nii.gz" for group in GROUPS}
+        names |= {group: name for group, name in groups.items() if (self.folder / name).exists()}
         return {(self.name, fold): self.folder / name for fold, name in names.items()}
 
 
@@ -83,7 +88,7 @@ def find_maps(folder: Path) -> list[MethodMaps]:
 
 def read_method(folder: Path) -> MethodMaps:
     """What is to be known of a METHOD folder; InputError where it is not finished, or map.json is damaged."""
-    if folder.name in FLOORS or not folder.name.isprintable():
+    if folder.name in RESERVED or not folder.name.isprintable():
         raise InputError(f"{folder}: a METHOD cannot have this name")
     file = folder / "map.json"
     record = storage.read_json(file) if file.exists() else {}

@@ -1,5 +1,6 @@
 """From a CSV to checked scans, from subjects to folds, and from scans to batches of tensors: a cohort."""
 
+import copy
 import functools
 import hashlib
 import itertools
@@ -70,6 +71,20 @@ class Cohort:
     def labels(self, fold: int, role: str) -> np.ndarray:
         """Labels of those scans, int (N,)."""
         return self.table["label"].to_numpy()[self.scan_indices(fold, role)]
+
+    def permuted_labels(self, fold: int, seed: int) -> np.ndarray:
+        """Labels of all scans, int (N,), for a network that is to learn nothing: see --permute-labels.
+
+        Labels are shuffled among the training subjects of a fold, and among its validation subjects, so that
+        either has as many of each as before; test scans keep theirs. All scans of a subject get the same one.
+        """
+        labels, random = self.table["label"].to_numpy(copy=True), np.random.default_rng([seed, fold])
+        for role in ("train", "val"):
+            rows = self.scan_indices(fold, role)
+            of_subjects = self.table.loc[rows].groupby("subject", sort=False)["label"].max()
+            shuffled = pd.Series(random.permutation(of_subjects.to_numpy()), of_subjects.index)
+            labels[rows] = shuffled[self.table.loc[rows, "subject"]]
+        return labels
 
     def open_scans(self, cache: Cache, threads: int = utils.THREADS) -> "ScanDataset":
         """Decode and check every scan once, and keep it where the cache says.
@@ -292,6 +307,12 @@ class ScanDataset(Dataset):
         for row in rows[1:]:
             total += self[row][0][0]
         return (total / len(rows)).float().cpu().numpy()
+
+    def with_labels(self, labels: np.ndarray) -> "ScanDataset":
+        """The same scans with other labels, (N,)."""
+        other = copy.copy(self)
+        other.labels = [int(label) for label in labels]
+        return other
 
     def __len__(self) -> int:
         return len(self.files)

@@ -1,6 +1,7 @@
 """How scans are explained: which logit, what a map should sum to, the mean map of a fold."""
 
-from collections.abc import Callable, Iterator, Sized
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence, Sized
 from typing import Any, cast
 
 import numpy as np
@@ -25,38 +26,40 @@ class Explainer:
         model: the network.
         method: of `methods.METHODS`.
         options: the method's own, by name.
-        baseline: (1, 1, X, Y, Z), what scans are compared with; None for all zeros.
+        settings: what methods may need beside the scans: "baseline", (1, 1, X, Y, Z) or None for all zeros,
+            and "voxel_sizes" in mm.
         rule: which logit is explained, one of TARGETS.
     """
 
     def __init__(
-        self, model: CNN3d, method: Method, options: dict[str, Any], baseline: Tensor | None, rule: str
+        self, model: CNN3d, method: Method, options: dict[str, Any], settings: dict[str, Any], rule: str
     ) -> None:
-        self.model, self.method, self.baseline, self.rule = model, method, baseline, rule
-        self.options = options | ({"baseline": baseline} if method.takes_baseline else {})
+        self.model, self.method, self.options, self.rule = model, method, options, rule
+        self.settings = settings
         self.baseline_logits: Tensor | None = None  # (1, 2), once the scans' shape is known
 
-    def explain(self, volume: Tensor, label: Tensor) -> tuple[Tensor, pd.DataFrame]:
+    def explain(
+        self, volume: Tensor, label: Tensor, logits: Tensor, seeds: Sequence[int]
+    ) -> tuple[Tensor, pd.DataFrame]:
         """Explain a batch.
 
         Args:
             volume: float32 (B, 1, X, Y, Z), on the network's device.
             label: int64 (B,), there too.
+            logits: (B, 2), the network's.
+            seeds: a number of each scan's own, for methods that draw random numbers.
 
         Returns:
             The maps, like `volume`, on the CPU; and a row of FOUND for each. The residual is relative to what
             the map should sum to, and NaN where its sum means nothing.
         """
-        with torch.no_grad():
-            logits = self.model(volume)  # (B, 2)
         target = self._target(label, logits)
-        maps = self.method(self.model, volume, target, **self.options)
+        settings = self.settings | {"seeds": seeds}
+        needed = {name: settings[name] for name in self.method.needs}
+        maps = self.method(self.model, volume, target, **(self.options | needed))
         wanted = self._wanted_sums(volume, logits, target).cpu().double()
-        maps, logits, target = (
-            maps.cpu(),
-            logits.cpu(),
-            target.cpu(),
-        )  # before float64, which MPS does not have
+        # moved before float64, which MPS does not have
+        maps, logits, target = maps.cpu(), logits.cpu(), target.cpu()
         sums = maps.double().sum((1, 2, 3, 4))
         residual = (sums - wanted).abs() / wanted.abs()
         zero = (maps == 0).flatten(1).all(1).long()
@@ -74,9 +77,11 @@ class Explainer:
         if self.method.map_sum is None:
             return torch.full_like(logits[:, 0], torch.nan)
         if self.baseline_logits is None:
-            blank = torch.zeros_like(volume[:1])
+            baseline = self.settings.get("baseline")
             with torch.no_grad():
-                self.baseline_logits = self.model(blank if self.baseline is None else self.baseline)
+                self.baseline_logits = self.model(
+                    torch.zeros_like(volume[:1]) if baseline is None else baseline
+                )
         return self.method.map_sum(
             _pick(logits, target), _pick(self.baseline_logits.expand_as(logits), target)
         )
@@ -87,35 +92,69 @@ def _pick(values: Tensor, target: Tensor) -> Tensor:
     return values.gather(1, target[:, None])[:, 0]
 
 
+class MeanMaps:
+    """The mean of maps, of all of them and of each label; two sums are held, float64."""
+
+    def __init__(self) -> None:
+        self.sums: dict[int, np.ndarray] = {}  # by label, (X, Y, Z)
+        self.counts: Counter[int] = Counter()
+
+    def add(self, values: np.ndarray, label: int) -> None:
+        """Add a map (X, Y, Z) of a scan of this label."""
+        if label not in self.sums:
+            self.sums[label] = np.zeros(values.shape)
+        self.sums[label] += values
+        self.counts[label] += 1
+
+    def mean(self, *labels: int) -> np.ndarray:
+        """The mean map of the scans of some labels, of all where none is named: float64 (X, Y, Z)."""
+        chosen = labels or tuple(self.sums)
+        total = np.sum([self.sums[label] for label in chosen], axis=0)
+        return total / sum(self.counts[label] for label in chosen)
+
+
 def explain_scans(
-    explainer: Explainer, loader: Loader, keep: Callable[[int, np.ndarray], None], name: str
-) -> tuple[np.ndarray, pd.DataFrame]:
-    """Explain every scan of a loader, holding no more than a batch and a running sum.
+    explainers: Mapping[str, Explainer],
+    loader: Loader,
+    seeds: Sequence[int],
+    keep: Callable[[str, int, np.ndarray], None],
+    name: str,
+) -> dict[str, tuple[MeanMaps, pd.DataFrame]]:
+    """Explain every scan of a loader by several methods; each is read and classified once.
+
+    No more is held than the maps of a batch, and two sums per method.
 
     Args:
-        keep: called with each scan's number within the loader and its map (X, Y, Z).
+        explainers: by name, of one network.
+        seeds: of the scans, in the loader's order.
+        keep: called with an explainer's name, each scan's number within the loader and its map (X, Y, Z).
         name: for the progress bar and errors.
 
     Returns:
-        The mean map, float64 (X, Y, Z), and a row of FOUND per scan.
+        By the explainers' names the mean maps, and a row of FOUND per scan.
 
     Raises:
         FloatingPointError: a map has values that are not finite.
     """
-    total, done = cast(Any, 0.0), 0
-    rows: list[pd.DataFrame] = []
+    model, done = next(iter(explainers.values())).model, 0
+    means = {explainer: MeanMaps() for explainer in explainers}
+    rows: dict[str, list[pd.DataFrame]] = {explainer: [] for explainer in explainers}
     with utils.progress(None, len(cast(Sized, loader.dataset)), desc=name) as bar:
-        for volume, label in _on_device(loader, explainer.model):
-            maps, found = explainer.explain(volume, label)
-            if not torch.isfinite(maps).all():
-                raise FloatingPointError(f"{name}: a map has values that are not finite")
-            rows.append(found)
-            for values in maps[:, 0].numpy():
-                keep(done, values)
-                total = total + values.astype(np.float64)
-                done += 1
+        for volume, label in _on_device(loader, model):
+            with torch.no_grad():
+                logits = model(volume)  # (B, 2)
+            numbers = range(done, done + len(label))
+            for who, explainer in explainers.items():
+                maps, found = explainer.explain(volume, label, logits, [seeds[number] for number in numbers])
+                if not torch.isfinite(maps).all():
+                    raise FloatingPointError(f"{name}: a map of {who} has values that are not finite")
+                rows[who].append(found)
+                for number, values, truth in zip(numbers, maps[:, 0].numpy(), label.tolist(), strict=True):
+                    keep(who, number, values)
+                    means[who].add(values, truth)
+            done += len(label)
             bar.update(len(label))
-    return total / done, pd.concat(rows, ignore_index=True)
+    return {who: (means[who], pd.concat(rows[who], ignore_index=True)) for who in explainers}
 
 
 def _on_device(loader: Loader, model: CNN3d) -> Iterator[tuple[Tensor, Tensor]]:

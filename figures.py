@@ -1,7 +1,7 @@
 """The pictures: loss curves, maps over a scan, overlap with a reference."""
 
 import itertools
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -9,11 +9,14 @@ import nibabel as nib
 import numpy as np
 import pandas as pd
 
-from brain_maps import UNTRAINED
+from brain_maps import FLOORS
 from internals import storage
+from overlap_scores import BrainMask
 
 # Okabe and Ito's colours, told apart with any kind of colour vision; grey is left to the floors.
 COLOURS = ["#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000"]
+SMOOTHED = 6.0  # mm FWHM, in the picture of a map
+HATCHES = {"untrained": "////", "permuted": "...."}  # of the floors' bars
 
 
 def _pyplot() -> Any:
@@ -63,45 +66,136 @@ def draw_training(histories: list[pd.DataFrame], delta: float, path: Path) -> No
     _save(figure, path, dpi=110)
 
 
-def draw_map(values: np.ndarray, background: np.ndarray, affine: np.ndarray, title: str, path: Path) -> None:
-    """Draw a signed map over a scan, as axial, coronal and sagittal slices (PNG).
+def draw_map(
+    maps: Mapping[str, np.ndarray], background: np.ndarray, affine: np.ndarray, title: str, path: Path
+) -> None:
+    """Draw signed maps over a scan, and the first one's magnitude smoothed, as people compare maps (PNG).
 
-    Shown are the largest 3 % of the map's voxels, as they are; the colours end at the 99.9th percentile.
+    Shown are the largest 3 % of a signed map's voxels, as they are; the colours end at the 99.9th percentile
+    of all of them. Of the smoothed magnitude the largest 5 % of the brain are shown.
 
     Args:
-        values: (X, Y, Z) map, signed.
+        maps: by name, (X, Y, Z) each, signed; the first as axial, coronal and sagittal slices, others axial.
         background: (X, Y, Z) scan on the same grid.
         affine: (4, 4), voxel to mm.
         title: written over the figure.
         path: the PNG to write.
     """
     plt = _pyplot()
-    from nilearn import plotting
+    first, *others = maps
+    rows = [(first, "z"), (first, "y"), (first, "x"), *((name, "z") for name in others)]
+    figure, axes = _rows(len(rows) + 1, title)
+    ends = {name: _percentiles(np.abs(values[values != 0]), 97, 99.9) for name, values in maps.items()}
+    top = max(high for _, high in ends.values())
+    for axis, (name, direction) in zip(axes, rows, strict=False):
+        _draw_slices(axis, name, maps[name], background, affine, direction, 7, ends[name][0], (-top, top))
 
-    magnitude = np.abs(values[values != 0])
-    shown, top = np.percentile(magnitude, [97, 99.9]) if magnitude.size else (0.0, 0.0)
-    top = max(float(top), float(np.finfo(np.float32).tiny))
-    figure, axes = plt.subplots(3, 1, figsize=(13, 7.5), facecolor="white")
-    figure.subplots_adjust(left=0.01, right=0.9, top=0.94, bottom=0.01, hspace=0.02)
-    figure.suptitle(title, fontsize=13)
-    for axis, direction in zip(axes, "zyx", strict=True):
-        plotting.plot_stat_map(
-            nib.Nifti1Image(values.astype(np.float32), affine),
-            bg_img=nib.Nifti1Image(background.astype(np.float32), affine),
-            display_mode=direction,
-            cut_coords=7,
-            threshold=float(shown),
-            vmax=top,
-            cmap="cold_hot",
-            colorbar=False,
-            axes=axis,
-            black_bg=False,
-            dim=0,
-        )
-    colours = plt.cm.ScalarMappable(plt.Normalize(-top, top), plotting.cm.cold_hot)
-    bar = figure.add_axes((0.92, 0.25, 0.015, 0.5))
+    brain = background > 0
+    smoothed = np.zeros(background.shape, np.float32)
+    smoothed[brain] = BrainMask(brain, affine).smooth(np.abs(maps[first][brain]).astype(np.float32), SMOOTHED)
+    low, high = _percentiles(smoothed[brain], 95, 100)
+    _draw_slices(
+        axes[-1], f"|{first}|, {SMOOTHED:g} mm", smoothed, background, affine, "z", 7, low, (0, high)
+    )
+
+    from nilearn.plotting import cm
+
+    colours = plt.cm.ScalarMappable(plt.Normalize(-top, top), cm.cold_hot)
+    bar = figure.add_axes((0.93, 0.45, 0.015, 0.4))
     bar.set_title("attribution", fontsize=10)
     figure.colorbar(colours, cax=bar).formatter.set_powerlimits((-2, 2))
+    _save(figure, path, dpi=110)
+
+
+def _rows(count: int, title: str) -> tuple[Any, Any]:
+    """A figure of so many rows of slices."""
+    height = 2.4 * count + 0.5
+    figure, axes = _pyplot().subplots(count, 1, figsize=(13, height), facecolor="white", squeeze=False)
+    figure.subplots_adjust(left=0.05, right=0.92, top=1 - 0.5 / height, bottom=0.01, hspace=0.02)
+    figure.suptitle(title, fontsize=13)
+    return figure, axes[:, 0]
+
+
+def _percentiles(values: np.ndarray, low: float, high: float) -> tuple[float, float]:
+    """Two percentiles of values >= 0, above zero even where all values are zero, and apart."""
+    smallest = float(np.finfo(np.float32).tiny)
+    below, above = np.percentile(values, [low, high]) if values.size else (0.0, 0.0)
+    below = max(float(below), smallest)
+    return below, max(float(above), 2 * below if above <= below else 0.0)
+
+
+def _draw_slices(
+    axis: Any,
+    name: str,
+    values: np.ndarray,
+    background: np.ndarray,
+    affine: np.ndarray,
+    direction: str,
+    cuts: int | Sequence[float],
+    threshold: float,
+    limits: tuple[float, float],
+) -> Any:
+    """Draw a map over a scan, as a row of slices with its name to the left; returns nilearn's display."""
+    from nilearn import plotting
+
+    low, high = limits
+    display = plotting.plot_stat_map(
+        nib.Nifti1Image(values.astype(np.float32), affine),
+        bg_img=nib.Nifti1Image(background.astype(np.float32), affine),
+        display_mode=direction,
+        cut_coords=cuts,
+        threshold=threshold,
+        vmin=low,
+        vmax=high,
+        cmap="cold_hot" if low < 0 else "hot",
+        symmetric_cbar=low < 0,
+        colorbar=False,
+        axes=axis,
+        black_bg=False,
+        dim=0,
+    )
+    place = axis.get_position()
+    middle = (place.y0 + place.y1) / 2
+    axis.figure.text(place.x0 - 0.005, middle, name, rotation=90, ha="right", va="center", fontsize=11)
+    return display
+
+
+def draw_overlap_maps(
+    maps: Mapping[str, np.ndarray],
+    reference: np.ndarray,
+    brain: np.ndarray,
+    background: np.ndarray,
+    affine: np.ndarray,
+    title: str,
+    path: Path,
+) -> None:
+    """Draw every map's largest voxels, as many as the reference has, under the reference's outline (PNG).
+
+    Args:
+        maps: by the words to write beside them, (V,) >= 0 each, at the voxels of the brain.
+        reference: (V,) bool.
+        brain: (X, Y, Z) bool.
+        background: (X, Y, Z) scan.
+        affine: (4, 4), voxel to mm.
+        title: written over the figure.
+        path: the PNG to write.
+    """
+
+    def unmasked(values: np.ndarray) -> np.ndarray:
+        volume = np.zeros(brain.shape, np.float32)
+        volume[brain] = values
+        return volume
+
+    outline = unmasked(reference)
+    heights = np.unique(nib.affines.apply_affine(affine, np.argwhere(outline))[:, 2])
+    cuts = heights[np.unique(np.linspace(0, len(heights) - 1, 9).round().astype(int)[1:-1])]
+    figure, axes = _rows(len(maps), title)
+    size = int(reference.sum())
+    for axis, (name, values) in zip(axes, maps.items(), strict=True):
+        low, high = _percentiles(values, 100 * (1 - size / len(values)), 100)
+        display = _draw_slices(axis, name, unmasked(values), background, affine, "z", cuts, low, (0, high))
+        image = nib.Nifti1Image(outline, affine)
+        display.add_contours(image, levels=[0.5], colors="#56B4E9", linewidths=1.2)
     _save(figure, path, dpi=110)
 
 
@@ -158,20 +252,25 @@ def _draw_smoothing(axis: Any, table: pd.DataFrame, styles: dict[str, Any]) -> N
 
 
 def _draw_bars(axis: Any, names: list[str], ranked: pd.DataFrame, styles: dict[str, Any]) -> None:
-    """Best Dice of the mean map of each METHOD and of the untrained network, and of single folds."""
-    untrained = {"facecolor": "white", "hatch": "////"}
+    """Best Dice of the mean map of each METHOD and of its floors, and of single folds."""
+    looks = {suffix: {"facecolor": "white", "hatch": HATCHES[floor]} for floor, suffix in FLOORS.items()}
     for place, method in enumerate(names):
-        bars = [name for name in (method, method + UNTRAINED) if name in ranked.index]
-        for name, x in zip(bars, place + 0.4 * (np.arange(len(bars)) - (len(bars) - 1) / 2), strict=True):
-            row, colour = ranked.loc[name], styles[method]["color"]
-            look = untrained if name.endswith(UNTRAINED) else {"facecolor": colour, "alpha": 0.75}
-            axis.bar(x, row["dice"], 0.36, edgecolor=colour, **look)
-            axis.hlines(row["random_dice"], x - 0.18, x + 0.18, **styles["random"])
+        bars = [suffix for suffix in ("", *FLOORS) if method + FLOORS.get(suffix, "") in ranked.index]
+        width = 0.8 / max(len(bars), 2)
+        offsets = width * (np.arange(len(bars)) - (len(bars) - 1) / 2)
+        for floor, x in zip(bars, place + offsets, strict=True):
+            suffix = FLOORS.get(floor, "")
+            row, colour = ranked.loc[method + suffix], styles[method]["color"]
+            look = looks[suffix] if suffix else {"facecolor": colour, "alpha": 0.75}
+            axis.bar(x, row["dice"], 0.9 * width, edgecolor=colour, **look)
+            axis.hlines(row["random_dice"], x - 0.45 * width, x + 0.45 * width, **styles["random"])
             low, mean, high = row["dice_low"], row["dice_folds_mean"], row["dice_high"]
             label, ends = "single folds: mean, 95 % interval", [[mean - low], [high - mean]]
             axis.errorbar(x, mean, ends, fmt="o", color="black", markersize=3, capsize=3, lw=1, label=label)
-    if any(name.endswith(UNTRAINED) for name in ranked.index):
-        axis.bar(0, 0, edgecolor="0.35", label="untrained network", **untrained)
+    words = {"untrained": "untrained network", "permuted": "trained on permuted labels"}
+    for floor, suffix in FLOORS.items():
+        if any(name.endswith(suffix) for name in ranked.index):
+            axis.bar(0, 0, edgecolor="0.35", label=words[floor], **looks[suffix])
     axis.axhline(ranked.loc["edges", "dice"], **styles["edges"])
     axis.set_xticks(range(len(names)), names, rotation=30, ha="right")
     axis.set_title(f"C   best threshold, {ranked['fwhm_mm'].iloc[0]:g} mm FWHM", loc="left")

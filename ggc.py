@@ -1,6 +1,7 @@
 """Grad-CAM and guided Grad-CAM (Selvaraju et al. 2017, arXiv 1610.02391)."""
 
 from math import prod
+from typing import cast
 
 import torch
 import torch.nn.functional as F
@@ -59,8 +60,7 @@ def gradcam(model: CNN3d, volume: Tensor, target: Tensor, layer: int = -1) -> Te
     """
     check_arguments(model, volume, target)
     depth = len(model.blocks())
-    if not -depth <= layer < depth:
-        raise ValueError(f"layer: expected {-depth} to {depth - 1}, got {layer}")
+    check_layer(layer, depth)
     with evaluation_mode(model), torch.no_grad():
         network = FoldedNetwork(model, volume.shape[2:])
         inputs, caches, hidden = _forward(network, volume)
@@ -69,6 +69,12 @@ def gradcam(model: CNN3d, volume: Tensor, target: Tensor, layer: int = -1) -> Te
             gradient = network.blocks[number].backward(gradient, caches[number])
         cam = _gradcam(model.blocks()[layer], inputs[layer], caches[layer], gradient)
         return F.interpolate(cam, volume.shape[2:], mode="trilinear")
+
+
+def check_layer(layer: int, depth: int) -> None:
+    """Raise ValueError unless a network of `depth` blocks has this one."""
+    if not -depth <= layer < depth:
+        raise ValueError(f"layer {layer}: the network has {depth} blocks, 0 to {depth - 1} or -{depth} to -1")
 
 
 def _forward(network: FoldedNetwork, volume: Tensor) -> tuple[list[Tensor], list[ForwardCache], Tensor]:
@@ -99,4 +105,4 @@ def _gradcam(layers: BlockLayers, inputs: Tensor, cache: ForwardCache, gradient:
     weights = slopes * batchnorm_scale(layers.norm)
     kernels = torch.einsum("bn,ncxyz->bcxyz", weights, layers.conv.weight)
     cams = [convolve(scan[None], kernel[None]) for scan, kernel in zip(inputs, kernels, strict=True)]
-    return F.relu(torch.cat(cams) + (weights @ layers.conv.bias).view(-1, 1, 1, 1, 1))
+    return F.relu(torch.cat(cams) + (weights @ cast(Tensor, layers.conv.bias)).view(-1, 1, 1, 1, 1))

@@ -33,9 +33,10 @@ def gradient(model: CNN3d, volume: Tensor, target: Tensor) -> Tensor:
 
 
 def input_times_gradient(model: CNN3d, volume: Tensor, target: Tensor) -> Tensor:
-    """The gradient of a logit times the scan (Shrikumar et al. 2016, arXiv 1605.01713), captum's InputXGradient.
+    """The gradient of a logit times the scan (Shrikumar et al. 2016, arXiv 1605.01713).
 
-    Arguments, result and errors are those of `gradient`; the map is in logits, and zero where the scan is.
+    The numbers are those of captum's InputXGradient. Arguments and errors are those of `gradient`; the map is
+    in logits, and zero where the scan is.
     """
     check_arguments(model, volume, target)
     with evaluation_mode(model), torch.no_grad():
@@ -59,8 +60,8 @@ def smoothgrad(
     map = 1/n sum_{j=1}^{n} dF/dx at x + s g_j,   g_j standard normal where the scan is not zero, else 0,
     s = sigma (max x - min x)
 
-    As in integrated gradients, the gradients at the first convolution's output are summed over the copies, and
-    one transposed convolution of their sum gives the map.
+    As in integrated gradients, the gradients at the first convolution's output are summed over the copies,
+    and one transposed convolution of their sum gives the map.
 
     Args:
         model: the network; evaluated in evaluation mode, left as found.

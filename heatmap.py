@@ -1,18 +1,20 @@
-"""Turn the networks of a training run into brain maps: LRP, integrated gradients or guided Grad-CAM.
+"""Turn the networks of a training run into brain maps: LRP, integrated gradients, SmoothGrad and others.
 
     python3 heatmap.py --method IG
+    python3 heatmap.py --method LRP GGC SmoothGrad
 
-Explains each fold's test scans with that fold's weights. The CSV, the model and the folds come from
-the run record under --modelpath. A folder that holds only published state_dict_f*.pth files needs
---path and --model; the published contiguous folds are used then. The same command again keeps the folds
-that are finished.
+Explains each fold's test scans with that fold's weights; several methods share one pass over the scans. The
+CSV, the model and the folds come from the run record under --modelpath. A folder that holds only published
+state_dict_f*.pth files needs --path and --model; the published contiguous folds are used then. The same
+command again keeps the folds that are finished.
 """
 
 import argparse
+import contextlib
 import re
 import sys
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -20,7 +22,6 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import torch
-from torch import Tensor
 
 import dataset
 import explaining
@@ -30,24 +31,35 @@ import models
 import runs
 import selfcheck
 import utils
+from brain_maps import GROUPS
 from dataset import Cohort, ScanDataset
-from explaining import TARGETS, Explainer
+from explaining import TARGETS, Explainer, MeanMaps
 from internals import devices, nifti, process, storage, tables
 from internals.caches import Cache
 from internals.errors import InputError, blaming
 from internals.results import Files, ResultFolder
 from methods import METHODS, Method
 from models import CNN3d
+from runs import Run
 
 FILES = Files(
     record="map.json",
     shared=["subjects.csv"],
     part=["map_f{}.nii.gz"],
-    beside=["baseline_f{}.nii.gz", "subjects/f{}_*.nii.gz"],
-    summary=["map_all.nii.gz", "map_all.png", "mean_scan.nii.gz"],
+    beside=[
+        *(f"map_{group}_f{{}}.nii.gz" for group in GROUPS),
+        "baseline_f{}.nii.gz",
+        "subjects/f{}_*.nii.gz",
+    ],
+    summary=[
+        "map_all.nii.gz",
+        "map_controls.nii.gz",
+        "map_patients.nii.gz",
+        "map_all.png",
+        "mean_scan.nii.gz",
+    ],
     facts=["weights_sha256", "scans_per_fold", "zero_maps_per_fold", "device_per_fold"],
 )
-BASELINES = {"zero": "", "controls": "-controls"}  # what each adds to the name of the maps' folder
 NETWORKS: dict[str, Callable[[runs.Run, int], runs.Networks]] = {
     "trained": lambda run, seed: runs.TrainedNetworks(run),
     "random": runs.UntrainedNetworks,
@@ -61,7 +73,7 @@ def get_parser() -> argparse.ArgumentParser:
     parser = utils.ArgumentParser(__doc__)
     number, whole = utils.bounded(int, at_least=0), utils.bounded(int, at_least=1)
     add = parser.add_argument
-    add("--method", choices=METHODS, required=True, help="how the networks are explained")
+    add("--method", choices=METHODS, nargs="+", required=True, help="how the networks are explained")
     add("--path", type=Path, metavar="CSV", help="list of scans (default: the run's)")
     add("--modelpath", type=Path, default=Path("models"), metavar="DIR", help="output of train_cv.py")
     add("--model", help="family A-D and number of filters (default: the run's)")
@@ -74,14 +86,7 @@ def get_parser() -> argparse.ArgumentParser:
     add(
         "--weights", choices=NETWORKS, default="trained", help="or untrained: maps to hold the others against"
     )
-    add("--seed", type=utils.SEED, default=0, help="of random weights")
-    takers = ", ".join(name for name, method in METHODS.items() if method.takes_baseline)
-    add(
-        "--baseline",
-        choices=BASELINES,
-        default="zero",
-        help=f"{takers}: zero, or the training controls' mean",
-    )
+    add("--seed", type=utils.SEED, default=0, help="of random weights and of SmoothGrad's noise")
     methods.add_options(parser)
     add("--save-subjects", action="store_true", help="also write the map of every scan")
     add("--overwrite", action="store_true", help="remove earlier maps of this method, or --run-folds, first")
@@ -94,22 +99,51 @@ def get_parser() -> argparse.ArgumentParser:
 def map_options(name: str, given: dict[str, Any]) -> dict[str, Any]:
     """Those of the given options that shape a method's maps, as map.json keeps them."""
     method, options = METHODS[name], {key: given[key] for key in ("target", "save_subjects", "weights")}
-    if given["weights"] == "random":
+    if given["weights"] == "random" or "seeds" in method.needs:
         options["seed"] = given["seed"]
-    if method.takes_baseline:
-        options["baseline"] = given["baseline"]
-    elif given["baseline"] != "zero":
-        raise InputError(f"--baseline {given['baseline']}: {name} has no baseline")
     return options | method.chosen(given)
 
 
-def folder_name(method: str, options: dict[str, Any]) -> str:
-    """The folder of a method's maps: METHOD, with -controls and -random where they are such."""
-    random = "-random" if options["weights"] == "random" else ""
-    return f"{method}{BASELINES[options.get('baseline', 'zero')]}{random}"
+def choose_options(names: list[str], given: dict[str, Any], run: Run) -> dict[str, dict[str, Any]]:
+    """Each method's `map_options`; InputError where they do not fit the methods, the network or the scans."""
+    for name in names:
+        if names.count(name) > 1:
+            raise InputError(f"--method: {name} is named twice")
+    methods.check_given(given, names)
+    options = {name: map_options(name, given) for name in names}
+    for name in names:
+        methods.check_options(name, options[name], run.model, run.cohort.grid.voxel_sizes)
+    return options
 
 
-def check_baseline(kind: str, cohort: Cohort, folds: list[int]) -> None:
+def result_folder(
+    name: str,
+    options: dict[str, Any],
+    networks: runs.Networks,
+    outpath: Path,
+    only: list[int] | None,
+    overwrite: bool,
+) -> ResultFolder:
+    """The folder of a method's maps: METHOD, with -controls, -random and their like where they are such."""
+    method, run = METHODS[name], networks.run
+    path = outpath / f"{name}{method.suffix(options)}{networks.suffix}"
+    identity = {"method": name, "options": options, "model": run.model, "folds": run.cohort.k}
+    made_from = {fold: {"weights_sha256": networks.digest(fold)} for fold in range(run.cohort.k)}
+    absent = [f"map_{g}.nii.gz" for g, label in GROUPS.items() if label not in set(run.cohort.table["label"])]
+    files = replace(FILES, summary=[file for file in FILES.summary if file not in absent])
+    return ResultFolder(
+        path,
+        files,
+        range(run.cohort.k),
+        identity | run.cohort.identity,
+        made_from,
+        only,
+        overwrite,
+        implied={option.name: option.default for option in method.options},
+    )
+
+
+def check_baseline(kind: str | None, cohort: Cohort, folds: list[int]) -> None:
     """Raise InputError where a fold has no scans that the baseline could be made of."""
     for fold in folds if kind == "controls" else []:
         if not training_controls(cohort, fold):
@@ -126,70 +160,106 @@ def training_controls(cohort: Cohort, fold: int) -> list[int]:
 
 @dataclass(frozen=True)
 class FoldMaps:
-    """What is written of every fold, and of all.
+    """What one method writes of every fold, and of all.
 
     Attributes:
         method: how the networks are explained.
         options: as `map_options` returns them.
-        batch: scans explained at once.
-        folder: where the maps go.
+        results: where the maps go.
     """
 
     method: Method
     options: dict[str, Any]
     cohort: Cohort
     scans: ScanDataset
-    batch: int
-    folder: Path
+    results: ResultFolder
 
-    def explain(self, fold: int, model: CNN3d) -> pd.DataFrame:
-        """Explain a fold's test scans, write their mean map; returns the fold's rows of subjects.csv."""
-        rows, device = self.cohort.scan_indices(fold, "test"), next(model.parameters()).device
-        loader = self.scans.loader(rows, self.batch, device=device)
-        baseline, own = self.load_baseline(fold, device), self.method.chosen(self.options)
-        explainer = Explainer(model, self.method, own, baseline, self.options["target"])
+    @property
+    def name(self) -> str:
+        """That of the folder."""
+        return self.results.path.name
+
+    @contextlib.contextmanager
+    def begin(self, about: dict[str, Any], chosen: list[int]) -> Iterator[list[int]]:
+        """Hold the chosen folds; yields those that are missing."""
+        with self.results.at_work(about) as missing:
+            utils.say_kept(chosen, missing, f"{self.name} ")
+            update_subjects(self.results, missing)
+            yield missing
+
+    def explainer(self, fold: int, model: CNN3d) -> Explainer:
+        """What explains the scans of a fold; writes the baseline that they are compared with."""
+        own, grid = self.method.chosen(self.options), self.cohort.grid
+        settings: dict[str, Any] = {"voxel_sizes": grid.voxel_sizes, "baseline": None}
+        if own.get("baseline") == "controls":
+            mean = self.scans.mean(training_controls(self.cohort, fold))
+            self._save(mean, f"baseline_f{fold}")
+            settings["baseline"] = torch.from_numpy(mean).to(next(model.parameters()).device)[None, None]
+        return Explainer(model, self.method, own, settings, self.options["target"])
+
+    def keep(self, fold: int, row: int, values: np.ndarray) -> None:
+        """Write the map of one scan, if asked to."""
         if self.options["save_subjects"]:
-            storage.make_folder(self.folder / "subjects")
+            storage.make_folder(self.results.path / "subjects")
+            self._save(values, subject_name(fold, row, self.cohort.table["path"][row]))
 
-        def keep(number: int, values: np.ndarray) -> None:
-            if self.options["save_subjects"]:
-                path = self.cohort.table["path"][rows[number]]
-                self._save(values, subject_file(self.folder, fold, rows[number], path))
-
-        mean, found = explaining.explain_scans(explainer, loader, keep, f"{self.folder.name} fold {fold}")
-        self._save(mean, self.folder / f"map_f{fold}.nii.gz")
+    def finish(self, fold: int, means: MeanMaps, found: pd.DataFrame, device: torch.device) -> None:
+        """Write a fold's mean maps and its rows of subjects.csv."""
+        self._save(means.mean(), f"map_f{fold}")
+        for group, label in GROUPS.items():
+            if label in means.counts:
+                self._save(means.mean(label), f"map_{group}_f{fold}")
+        rows = self.cohort.scan_indices(fold, "test")
         known = self.cohort.table.loc[rows, dataset.COLUMNS].reset_index(drop=True).assign(fold=fold)
-        return pd.concat([known, found], axis=1)[SUBJECT_COLUMNS]
-
-    def load_baseline(self, fold: int, device: torch.device) -> Tensor | None:
-        """What scans are compared with, (1, 1, X, Y, Z), which is written, too; None for all zeros."""
-        if self.options.get("baseline", "zero") == "zero":
-            return None
-        mean = self.scans.mean(training_controls(self.cohort, fold))
-        self._save(mean, self.folder / f"baseline_f{fold}.nii.gz")
-        return torch.from_numpy(mean).to(device)[None, None]
+        table = pd.concat([known, found], axis=1)[SUBJECT_COLUMNS]
+        update_subjects(self.results, [fold], table)
+        self.results.finish(fold, **facts(table, device))
 
     def average(self, model: str) -> None:
-        """Write the mean of the fold means, the mean scan, and the picture of one over the other."""
+        """Write the mean of the fold means, those of the groups, the mean scan, and the picture of all."""
         cohort, k = self.cohort, self.cohort.k
-        mean = np.zeros(cohort.grid.shape)
-        for fold in range(k):
-            mean += nifti.load_map(self.folder / f"map_f{fold}.nii.gz") / k
-        self._save(mean, self.folder / "map_all.nii.gz")
+        maps = {"all": self._mean({f"map_f{fold}": 1 for fold in range(k)})}
+        for group, label in GROUPS.items():
+            counts = [int((cohort.labels(fold, "test") == label).sum()) for fold in range(k)]
+            if any(counts):
+                maps[group] = self._mean({f"map_{group}_f{fold}": n for fold, n in enumerate(counts) if n})
+        for name, values in maps.items():
+            self._save(values, f"map_{name}")
         background = self.scans.mean(range(len(self.scans)))
-        self._save(background, self.folder / "mean_scan.nii.gz")
-        title = f"{self.folder.name}, {model}: mean of {k} folds, {len(cohort.table)} test scans"
-        figures.draw_map(mean, background, cohort.grid.affine, title, self.folder / "map_all.png")
+        self._save(background, "mean_scan")
+        title = f"{self.name}, {model}: mean of {k} folds, {len(cohort.table)} test scans"
+        figures.draw_map(maps, background, cohort.grid.affine, title, self.results.path / "map_all.png")
 
-    def _save(self, values: np.ndarray, file: Path) -> None:
-        nifti.save_map(values, self.cohort.grid.header, file)
+    def _save(self, values: np.ndarray, name: str) -> None:
+        nifti.save_map(values, self.cohort.grid.header, self.results.path / f"{name}.nii.gz")
+
+    def _mean(self, weights: dict[str, int]) -> np.ndarray:
+        """The weighted mean of some maps, float64 (X, Y, Z)."""
+        mean = np.zeros(self.cohort.grid.shape)
+        for name, weight in weights.items():
+            mean += nifti.load_map(self.results.path / f"{name}.nii.gz") * (weight / sum(weights.values()))
+        return mean
 
 
-def subject_file(folder: Path, fold: int, row: int, path: str) -> Path:
+def explain_fold(fold: int, model: CNN3d, due: list[FoldMaps], batch: int, seed: int) -> None:
+    """Explain a fold's test scans by all methods that lack it, in one pass."""
+    cohort, scans, device = due[0].cohort, due[0].scans, next(model.parameters()).device
+    rows, maps = cohort.scan_indices(fold, "test"), {each.name: each for each in due}
+    explainers = {name: each.explainer(fold, model) for name, each in maps.items()}
+    loader, seeds = scans.loader(rows, batch, device=device), [utils.own_seed(seed, row) for row in rows]
+
+    def keep(name: str, number: int, values: np.ndarray) -> None:
+        maps[name].keep(fold, rows[number], values)
+
+    explained = explaining.explain_scans(explainers, loader, seeds, keep, f"{', '.join(maps)} fold {fold}")
+    for name, (means, found) in explained.items():
+        maps[name].finish(fold, means, found, device)
+
+
+def subject_name(fold: int, row: int, path: str) -> str:
     """Where the map of one scan goes; the row in the CSV keeps scans of one name apart."""
     stem = re.sub(r"[^A-Za-z0-9._-]", "_", Path(path).name.removesuffix(".gz").removesuffix(".nii"))
-    stem = stem[:STEM]
-    return folder / "subjects" / f"f{fold}_{row:05d}_{stem}.nii.gz"
+    return f"subjects/f{fold}_{row:05d}_{stem[:STEM]}"
 
 
 # subjects.csv ------------------------------------------------------------------------------------
@@ -253,13 +323,24 @@ def facts(rows: pd.DataFrame, device: torch.device) -> dict[str, Any]:
     }
 
 
+def check_kept(folder: Path, cohort: Cohort, fold: int) -> None:
+    """Raise InputError where a finished fold lacks its rows in subjects.csv, or the maps of its groups."""
+    check_subjects(folder, fold)
+    for group, label in GROUPS.items():
+        file = folder / f"map_{group}_f{fold}.nii.gz"
+        if label in cohort.labels(fold, "test") and not file.exists():
+            raise InputError(
+                f"{file}: no such file, as in maps of an earlier version; --overwrite starts again"
+            )
+
+
 def report(results: ResultFolder) -> None:
     """Print how well the maps' sums keep their promise, how many maps are all zero, and what is missing."""
     unfinished, subjects = results.unfinished(), read_subjects(results.path)
     subjects = subjects[~subjects["fold"].isin(unfinished)]
     residual, zero = subjects["residual"].dropna(), subjects.groupby("fold")["zero"]
     sums = f"; residual of the sums: median {residual.median():.2g}, worst {residual.max():.2g}"
-    print(f"{len(subjects)} scans explained{'' if residual.empty else sums}")
+    print(f"{results.path.name}: {len(subjects)} scans explained{'' if residual.empty else sums}")
     counts = ", ".join(f"{flags.sum()} of {len(flags)} in fold {fold}" for fold, flags in zero)
     print(f"maps that are zero everywhere: {counts}")
     if unfinished:
@@ -274,37 +355,34 @@ def main(argv: list[str] | None = None) -> int:
     args = get_parser().parse_args(argv)
     process.keep_freed_memory()
     device = selfcheck.open_device(args.device)
-    options = map_options(args.method, vars(args))
     run = runs.find_run(args.modelpath, args.path, args.model, args.fold)
     cohort, networks = run.cohort, NETWORKS[args.weights](run, args.seed)
+    options = choose_options(args.method, vars(args), run)
     chosen = utils.choose_folds(args.run_folds, cohort.k)
     networks.check(chosen)
     devices.check_batch(args.batch, models.largest_output(run.model, cohort.grid.shape), device)
-    check_baseline(args.baseline, cohort, chosen)
-    identity = {"method": args.method, "options": options, "model": run.model, "folds": cohort.k}
-    identity |= cohort.identity
-    made_from = {fold: {"weights_sha256": networks.digest(fold)} for fold in range(cohort.k)}
-    folder, only = args.outpath / folder_name(args.method, options), args.run_folds and chosen
-    results = ResultFolder(folder, FILES, range(cohort.k), identity, made_from, only, args.overwrite)
-    if results.check(partial(check_subjects, folder)):
-        read_subjects(folder)  # though no fold is finished
+    check_baseline(vars(args).get("baseline"), cohort, chosen)
+    where = args.outpath, args.run_folds and chosen, args.overwrite
+    folders = {name: result_folder(name, options[name], networks, *where) for name in args.method}
+    for results in folders.values():
+        if results.check(partial(check_kept, results.path, cohort)):
+            read_subjects(results.path)  # though no fold is finished
 
     about = {"csv": str(cohort.csv), "modelpath": str(run.folder.resolve()), **networks.about()}
     work = devices.describe_batch(args.batch, cohort.grid.shape, run.model, device)
-    with process.out_of_memory(work, "lower --batch"):
+    with process.out_of_memory(work, "lower --batch"), contextlib.ExitStack() as stack:
         scans = cohort.open_scans(Cache("reuse", args.modelpath / "cache"))
-        maps = FoldMaps(METHODS[args.method], options, cohort, scans, args.batch, folder)
-        with results.at_work(about) as missing:
-            utils.say_kept(chosen, missing)
-            update_subjects(results, missing)
-            for fold in missing:
-                rows = maps.explain(fold, networks.load(fold, scans, device))
-                update_subjects(results, [fold], rows)
-                results.finish(fold, **facts(rows, device))
-            with results.summary() as due:
+        maps = [FoldMaps(METHODS[n], options[n], cohort, scans, folders[n]) for n in args.method]
+        missing = [stack.enter_context(each.begin(about, chosen)) for each in maps]
+        for fold in chosen:
+            lacking = [each for each, folds in zip(maps, missing, strict=True) if fold in folds]
+            if lacking:
+                explain_fold(fold, networks.load(fold, scans, device), lacking, args.batch, args.seed)
+        for each in maps:
+            with each.results.summary() as due:
                 if due:
-                    maps.average(run.model)
-            report(results)
+                    each.average(run.model)
+            report(each.results)
     return 0
 
 

@@ -118,8 +118,8 @@ def _sum_from_baseline(
 
 def _gradients(network: FoldedNetwork, features: Tensor, target: Tensor) -> Sequence[Tensor]:
     """Gradient of the logits before the first ReLU, (B, n, x, y, z), for each of S steps of B scans."""
-    target = target.repeat(len(features) // len(target))
-    return network.pooled_gradient(features, target).split(len(target))
+    targets = target.repeat(len(features) // len(target))
+    return network.pooled_gradient(features, targets).split(len(target))
 
 
 def _chunks(alphas: Tensor, values: Tensor) -> Iterable[Tensor]:

@@ -193,7 +193,7 @@ def _composite(model: CNN3d, volume: Tensor, target: Tensor, beta: float, epsilo
 
 
 class PositiveBlock:
-    """The z+ rule for a block with inputs >= 0; its BatchNorm is merged, a positive shift is one more input."""
+    """The z+ rule for a folded block with inputs >= 0; a positive shift is one more input."""
 
     def __init__(self, block: FoldedBlock, inputs: Tensor, epsilon: float) -> None:
         self.block, self.inputs, self.epsilon = block, inputs, epsilon

@@ -85,6 +85,11 @@ def parse_name(name: str) -> tuple[str, int]:
     return match[1], int(match[2])
 
 
+def depth(name: str) -> int:
+    """The number of blocks of a network, from its name."""
+    return len(FAMILIES[parse_name(name)[0]])
+
+
 def output_edge(family: str, edge: int) -> int:
     """Length in voxels of one axis after the last pool, for an input axis of `edge` voxels."""
     for kernel, pool in FAMILIES[family]:

@@ -1,7 +1,8 @@
 """Occlusion (Zeiler and Fergus 2014, arXiv 1311.2901): how far a logit falls where a cube is covered.
 
-A covered cube changes a small part of every block's output: what sees a voxel of it. Only that part is computed
-again. All cubes get parts of one size, a little larger than some need, so that many go through a block together.
+A covered cube changes a small part of every block's output: what sees a voxel of it. Only that part is
+computed again. All cubes get parts of one size, a little larger than some need, so that many go through a
+block together.
 """
 
 from collections.abc import Sequence
@@ -15,7 +16,7 @@ from torch import Tensor
 
 import utils
 from internals.devices import to_memory_format, values_at_once
-from internals.folded import FoldedNetwork, convolve, full_box
+from internals.folded import Box, FoldedNetwork, convolve, full_box
 from models import CNN3d, check_arguments, evaluation_mode
 
 CHUNK = 2**23  # values of the first block's input and output that are computed at once on a CPU
@@ -32,9 +33,9 @@ def occlusion(
 ) -> Tensor:
     """Cover one cube after the other; give the fall of the logit to all voxels of the cube.
 
-    The cubes begin at every multiple of the stride; those at the far borders are cut off. Where cubes overlap,
-    a voxel gets the mean of its cubes. A cube that changes nothing (of background, covered with zeros) costs
-    nothing. The numbers are those of captum's Occlusion with the same windows, strides and baseline.
+    The cubes begin at every multiple of the stride; those at the far borders are cut off. Where cubes
+    overlap, a voxel gets the mean of its cubes. A cube that changes nothing (of background, covered with
+    zeros) costs nothing. The numbers are those of captum's Occlusion of the same windows and baseline.
 
     Args:
         model: the network; evaluated in evaluation mode, left as found.
@@ -49,7 +50,8 @@ def occlusion(
         The map, like `volume`, signed; logits. Positive: without this place the logit is lower.
 
     Raises:
-        ValueError: shapes, dtypes or targets that do not fit, cubes smaller than a voxel, or gaps between them.
+        ValueError: shapes, dtypes or targets that do not fit, cubes smaller than a voxel, or gaps between
+            them.
     """
     check_arguments(model, volume, target)
     edges, steps = cube_in_voxels(size, stride, voxel_sizes)
@@ -113,23 +115,30 @@ def _falls(
         states.append(block.forward(states[-1])[0])
     whole = network.classify(states[-1])[0][0, target]
     parts = _parts(network, volume.shape[2:], cubes)
-    largest = len(network.blocks[0].weight) * prod(axis.read[0].stop - axis.read[0].start for axis in parts[0])
+    largest = len(network.blocks[0].weight) * prod(
+        axis.read[0].stop - axis.read[0].start for axis in parts[0]
+    )
     together = max(values_at_once(volume.device, CHUNK) // largest, 1)
-    found = []
+    found = [volume.new_zeros(0)]
     with utils.progress(None, len(chosen), desc="cubes", leave=False) as bar:
         for begin in range(0, len(chosen), together):
             some = chosen[begin : begin + together]
-            places = [[axis[n] for axis, n in zip(cubes, numbers, strict=True)] for numbers in some]
-            values: Sequence[Tensor] = [filling[0, :, *place] for place in places]
+            places = [_box(cubes, numbers) for numbers in some]
+            values: Sequence[Tensor] | Tensor = [filling[0][:, *place] for place in places]
             for block, state, axes in zip(network.blocks, states, parts, strict=False):
-                read = [[axis.read[n] for axis, n in zip(axes, numbers, strict=True)] for numbers in some]
+                read = [_box([axis.read for axis in axes], numbers) for numbers in some]
                 inputs = _paste(values, places, state, read)
                 values = block.activate(F.max_pool3d(convolve(inputs, block.weight), block.window))
-                places = [[axis.made[n] for axis, n in zip(axes, numbers, strict=True)] for numbers in some]
+                places = [_box([axis.made for axis in axes], numbers) for numbers in some]
             features = _paste(values, places, states[-1], [full_box(states[-1].shape[2:])] * len(some))
             found.append(whole - network.classify(features)[0][:, target])
             bar.update(len(some))
     return torch.cat(found)
+
+
+def _box(axes: Sequence[list[slice]], numbers: Sequence[int]) -> Box:
+    """One slice of each axis."""
+    return tuple(axis[number] for axis, number in zip(axes, numbers, strict=True))
 
 
 class _Axis(NamedTuple):
@@ -143,7 +152,10 @@ def _parts(network: FoldedNetwork, shape: torch.Size, cubes: list[list[slice]]) 
     """For each block and axis, the parts of one length that hold all that the cubes change."""
     changed, result = cubes, []
     for block in network.blocks:
-        made = [[block.propagate_axis(part, edge)[1] for part in axis] for axis, edge in zip(changed, shape)]
+        made = [
+            [block.propagate_axis(part, edge)[1] for part in axis]
+            for axis, edge in zip(changed, shape, strict=True)
+        ]
         counts = torch.Size(edge // block.window for edge in block.conv_shape(shape))
         axes = []
         for tight, count in zip(made, counts, strict=True):
@@ -157,7 +169,7 @@ def _parts(network: FoldedNetwork, shape: torch.Size, cubes: list[list[slice]]) 
 
 
 def _paste(
-    values: Sequence[Tensor], places: Sequence[Sequence[slice]], state: Tensor, read: Sequence[Sequence[slice]]
+    values: Sequence[Tensor] | Tensor, places: Sequence[Box], state: Tensor, read: Sequence[Box]
 ) -> Tensor:
     """Parts of a state with new values put into them.
 
@@ -173,7 +185,7 @@ def _paste(
     size = [part.stop - part.start for part in read[0]]
     result = to_memory_format(state.new_empty(len(values), state.shape[1], *size))
     for row, (new, place, part) in enumerate(zip(values, places, read, strict=True)):
-        result[row] = state[0, :, *part]
+        result[row] = state[0][:, *part]
         both = [slice(max(a.start, b.start), min(a.stop, b.stop)) for a, b in zip(place, part, strict=True)]
         there = [slice(a.start - b.start, a.stop - b.start) for a, b in zip(both, part, strict=True)]
         here = [slice(a.start - b.start, a.stop - b.start) for a, b in zip(both, place, strict=True)]

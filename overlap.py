@@ -20,9 +20,10 @@ from scipy import ndimage
 import brain_maps
 import figures
 import utils
-from brain_maps import UNTRAINED, Maps
+from brain_maps import Maps
 from internals import storage
 from internals.errors import InputError
+from internals.nifti import Grid
 from internals.results import Files, ResultFolder
 from overlap_scores import (
     THRESHOLDS,
@@ -30,13 +31,16 @@ from overlap_scores import (
     add_intervals,
     add_random,
     dice_curve,
+    floor_of,
     random_floor,
     rank,
     score_maps,
 )
 
 PART = "overlap"
-FILES = Files(record="overlap.json", part=["overlap.csv", "overlap_ranked.csv", "overlap.png"])
+FILES = Files(
+    record="overlap.json", part=["overlap.csv", "overlap_ranked.csv", "overlap.png", "overlap_maps.png"]
+)
 
 
 def get_parser() -> argparse.ArgumentParser:
@@ -74,16 +78,10 @@ def compare(
     return table, rank(table, fwhm, seed)
 
 
-def dice_curves(
-    maps: Maps, reference: np.ndarray, brain: BrainMask, fwhm: float
-) -> dict[str, tuple[np.ndarray, np.ndarray]]:
-    """`dice_curve` of the mean map of every METHOD, untrained networks aside, and of the edge filter."""
+def smoothed_means(maps: Maps, brain: BrainMask, fwhm: float) -> dict[str, np.ndarray]:
+    """The mean map of every METHOD, floors aside, and of the edge filter, smoothed: (V,) each."""
     means = {method: values for (method, fold), values in maps.items() if fold == "all"}
-    return {
-        method: dice_curve(brain.smooth(values, fwhm), reference)
-        for method, values in means.items()
-        if not method.endswith(UNTRAINED)
-    }
+    return {name: brain.smooth(values, fwhm) for name, values in means.items() if not floor_of(name)}
 
 
 # The ranking -------------------------------------------------------------------------------------
@@ -107,17 +105,45 @@ def ranking_text(ranked: pd.DataFrame) -> str:
     columns = {
         "method": ranked["method"],
         "Dice": ranked["dice"],
+        "untrained": ranked["untrained_dice"],
+        "permuted": ranked["permuted_dice"],
         "single folds": interval("dice_folds_mean", "dice"),
         "matched": ranked["dice_matched"],
         "AUC": ranked["auc"],
         "AP": ranked["average_precision"],
+        "of controls": ranked["controls_dice"],
+        "of patients": ranked["patients_dice"],
         "random": ranked["random_dice"],
         "edges": ranked["edges_dice"],
         "minus untrained": interval("minus_untrained", "minus_untrained"),
+        "minus permuted": interval("minus_permuted", "minus_permuted"),
         "than the next": ranked["than_the_next"],
         "zero maps": ["" if math.isnan(share) else f"{share:.0%}" for share in ranked["zero_share"]],
     }
-    return pd.DataFrame(columns).to_string(index=False, float_format="{:.3f}".format, na_rep="")
+    table = pd.DataFrame(columns)
+    shown = table.loc[:, (table.notna() & (table != "")).any()]  # no column that says nothing
+    return shown.to_string(index=False, float_format="{:.3f}".format, na_rep="")
+
+
+def draw_maps(
+    means: Mapping[str, np.ndarray],
+    ranked: pd.DataFrame,
+    reference: np.ndarray,
+    inside: np.ndarray,
+    scan: np.ndarray,
+    grid: Grid,
+    file: Path,
+) -> None:
+    """Draw the smoothed mean maps in the order of the ranking, each with its Dice."""
+    rows = ranked[ranked["method"].isin(set(means) - {"edges"})]
+    maps = {
+        f"{name}\nDice {dice:.2f}": means[name]
+        for name, dice in zip(rows["method"], rows["dice"], strict=True)
+    }
+    title = (
+        f"|map| smoothed with {rows['fwhm_mm'].iloc[0]:g} mm: as many voxels as the reference has (outlined)"
+    )
+    figures.draw_overlap_maps(maps, reference, inside, scan, grid.affine, title, file)
 
 
 @utils.command("the comparison is not finished; the same command starts again")
@@ -140,7 +166,7 @@ def main(argv: list[str] | None = None) -> int:
     results = ResultFolder(folder, FILES, [PART], identity, overwrite=args.overwrite)
     if results.check() and not results.unfinished():
         ranked = read_ranking(folder / "overlap_ranked.csv")
-        if "zero_share" in ranked:
+        if "permuted_dice" in ranked:
             print(f"{folder}: compared before, kept\n{ranking_text(ranked)}")
             return 0
         results.overwrite = True  # an earlier version's is made again
@@ -152,12 +178,14 @@ def main(argv: list[str] | None = None) -> int:
     brain = BrainMask(inside, grid.affine)
     table, ranked = compare(maps, reference, brain, levels, args.rank_smooth, args.seed)
     ranked["zero_share"] = ranked["method"].map({method.name: method.zero_share for method in methods})
-    curves = dice_curves(maps, reference, brain, args.rank_smooth)
+    means = smoothed_means(maps, brain, args.rank_smooth)
+    curves = {name: dice_curve(values, reference) for name, values in means.items()}
     with results.at_work({}) as missing:
         if missing:  # nobody else made the same meanwhile
             storage.write_csv(table, folder / "overlap.csv")
             storage.write_csv(ranked, folder / "overlap_ranked.csv")
             figures.draw_overlap(table, ranked, curves, folder / "overlap.png")
+            draw_maps(means, ranked, reference, inside, scan, grid, folder / "overlap_maps.png")
             results.finish(PART)
     print(
         f"|map| smoothed with {args.rank_smooth:g} mm FWHM, best of {THRESHOLDS} thresholds, "

@@ -12,9 +12,9 @@ from nilearn.image import smooth_img
 from scipy import ndimage
 
 import utils
-from brain_maps import UNTRAINED, Maps
+from brain_maps import FLOORS, GROUPS, Maps
 
-DIFFERENCES = {"dice": "minus_untrained", "dice_matched": "minus_untrained_matched"}
+SCORES = ("dice", "dice_matched")  # whose floors and intervals are reported
 THRESHOLDS = 50
 BOOTSTRAP_DRAWS = 10_000  # of the folds
 NOISE_DRAWS = 100
@@ -195,9 +195,9 @@ def add_random(table: pd.DataFrame, floor: pd.DataFrame) -> pd.DataFrame:
     Adds columns random_dice and random_dice_matched, and per FWHM a row of method "random" with the
     highest of both among the METHODs' mean maps: the floor of the smoothest.
     """
-    for score in DIFFERENCES:
+    for score in SCORES:
         table[f"random_{score}"] = np.interp(table["smoothness_mm"], floor["smoothness_mm"], floor[score])
-    columns = {"smoothness_mm": "smoothness_mm"} | {f"random_{score}": score for score in DIFFERENCES}
+    columns = {"smoothness_mm": "smoothness_mm"} | {f"random_{score}": score for score in SCORES}
     means = table[(table["fold"] == "all") & (table["method"] != "edges")]
     rows = means.groupby("fwhm_mm")[list(columns)].max().rename(columns=columns).reset_index()
     return pd.concat([table, rows.assign(method="random", fold="all")], ignore_index=True)
@@ -220,23 +220,45 @@ def bootstrap_interval(values: np.ndarray, seed: int) -> tuple[np.ndarray, np.nd
 
 def fold_scores(table: pd.DataFrame, score: str) -> pd.DataFrame:
     """One score of the fold maps: a row per (method, fwhm_mm), a column per fold."""
-    folds = table[table["fold"] != "all"]
+    folds = table[table["fold"].str.isdecimal()]
     return folds.pivot(index=["method", "fwhm_mm"], columns="fold", values=score)
 
 
+def floor_of(method: str) -> str:
+    """The kind of floor that a METHOD is, a key of FLOORS; empty where it is none."""
+    return next((floor for floor, suffix in FLOORS.items() if method.endswith(suffix)), "")
+
+
 def add_intervals(table: pd.DataFrame, seed: int) -> pd.DataFrame:
-    """Add to the rows of all folds the mean over folds, its interval, and both of trained - untrained."""
-    columns: dict[str, np.ndarray] = {}
-    for score, difference in DIFFERENCES.items():
+    """Add to the rows of all folds the mean over folds and its interval, and how far it is above each floor.
+
+    The columns are {score}_folds_mean, {score}_low and {score}_high and, for every kind of FLOORS, the Dice
+    of the floor's mean map, {floor}_dice, and the difference fold by fold, minus_{floor}, its mean and
+    interval; with _matched for the matched Dice.
+    """
+    columns: dict[str, Any] = {}
+
+    def enter(mean: str, name: str, part: pd.DataFrame) -> None:
+        low, high = bootstrap_interval(part.to_numpy(), seed)
+        columns.update({mean: part.mean(axis=1).to_numpy(), f"{name}_low": low, f"{name}_high": high})
+
+    means = table[table["fold"] == "all"].set_index(["method", "fwhm_mm"])
+    for score in SCORES:
         folds = fold_scores(table, score)
-        untrained = folds[folds.index.get_level_values("method").str.endswith(UNTRAINED)]
-        untrained = untrained.rename(lambda name: name.removesuffix(UNTRAINED), level="method")
-        gain = folds - untrained.reindex(folds.index)  # NaN where there is no untrained network
-        for name, mean, part in ((score, f"{score}_folds_mean", folds), (difference, difference, gain)):
-            low, high = bootstrap_interval(part.to_numpy(), seed)
-            columns |= {mean: part.mean(axis=1).to_numpy(), f"{name}_low": low, f"{name}_high": high}
+        enter(f"{score}_folds_mean", score, folds)
+        for floor, suffix in FLOORS.items():
+            name = f"minus_{floor}{score.removeprefix('dice')}"
+            enter(name, name, folds - _floor_values(folds, suffix))
+            columns[f"{floor}_{score}"] = _floor_values(means[score].reindex(folds.index), suffix).to_numpy()
     summary = pd.DataFrame(columns, folds.index).reset_index().assign(fold="all")
     return table.merge(summary, on=["method", "fold", "fwhm_mm"], how="left")
+
+
+def _floor_values(values: Any, suffix: str) -> Any:
+    """What METHOD + suffix has, in the place of each METHOD; NaN where there is no such."""
+    floors = values[values.index.get_level_values("method").str.endswith(suffix)]
+    floors = floors.rename(lambda name: name.removesuffix(suffix), level="method")
+    return floors.reindex(values.index)
 
 
 # The ranking -------------------------------------------------------------------------------------
@@ -245,15 +267,19 @@ def add_intervals(table: pd.DataFrame, seed: int) -> pd.DataFrame:
 def rank(table: pd.DataFrame, fwhm: float, seed: int) -> pd.DataFrame:
     """The mean maps and floors at one smoothing, by falling Dice; each METHOD compared with the next.
 
-    Adds edges_dice, the Dice of the edge filter, and for METHODs that another follows (untrained
-    networks and floors aside) difference, the mean over folds of its Dice minus the other's, with its
-    interval, and than_the_next: "better" where that interval lies above zero, else "not separated".
+    Adds edges_dice, the Dice of the edge filter; controls_dice and patients_dice, those of the groups' mean
+    maps, matched too; and for METHODs that another follows (floors aside) difference, the mean over folds of
+    its Dice minus the other's, with its interval, and than_the_next: "better" where that interval lies above
+    zero, else "not separated".
     """
     at = table[table["fwhm_mm"] == fwhm]
     ranked = at[at["fold"] == "all"].sort_values("dice", ascending=False, kind="stable", ignore_index=True)
     ranked["edges_dice"] = ranked.loc[ranked["method"] == "edges", "dice"].item()
+    for group, score in itertools.product(GROUPS, SCORES):
+        of_group = at[at["fold"] == group].set_index("method")[score]
+        ranked[f"{group}_{score}"] = ranked["method"].map(of_group)
     folds = fold_scores(at, "dice").droplevel("fwhm_mm")
-    trained = [name for name in ranked["method"] if name in folds.index and not name.endswith(UNTRAINED)]
+    trained = [name for name in ranked["method"] if name in folds.index and not floor_of(name)]
     compared = ["difference", "difference_low", "difference_high", "than_the_next"]
     ranked = ranked.reindex(columns=[*ranked, *compared]).astype({"than_the_next": object})
     for name, following in itertools.pairwise(trained):

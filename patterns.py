@@ -1,7 +1,7 @@
-"""Linear support vector machines on whole brains and their activation patterns, 1 GiB of voxels at a time.
+"""Linear support vector machines on whole brains and their activation patterns.
 
 The kernel is linear, so all that a machine needs to know of N scans of V voxels is their Gram matrix, (N, N),
-and every map is a weighted sum of the scans. Both are made in passes over the scans, a few of them at once.
+and every map is a weighted sum of the scans (`voxelwise.weighted_sums`).
 """
 
 from collections.abc import Sequence
@@ -12,12 +12,9 @@ from sklearn.metrics import balanced_accuracy_score, roc_auc_score
 from sklearn.svm import SVC
 
 import utils
+import voxelwise
 from dataset import ScanDataset
-
-HELD = 2**28  # float32 voxels in memory at once: 1 GiB
-STREAMED = 4  # scans that pass by a held block together: it is widened to float64 once for all of them
-CHUNK = 2**22  # voxels widened to float64 at once: 32 MiB
-
+from voxelwise import STREAMED, batches, chunks, read_voxels
 
 # The machine -------------------------------------------------------------------------------------
 
@@ -82,28 +79,11 @@ def pattern_coefficients(svm: LinearSVM, gram: np.ndarray, train: list[int]) -> 
     return coefficients
 
 
-# Passes over the scans ---------------------------------------------------------------------------
-
-
-def batches(rows: range, size: int) -> list[range]:
-    """Cut row numbers into pieces of `size`; the last may be shorter."""
-    return [rows[start : start + size] for start in range(0, len(rows), size)]
-
-
-def voxel_statistics(scans: ScanDataset) -> tuple[np.ndarray, np.ndarray]:
-    """The mean scan, float64 (X, Y, Z), and where the scans are not all alike, bool (X, Y, Z)."""
-    first = scans[0][0][0].numpy()
-    total, varies = np.zeros(first.shape), np.zeros(first.shape, bool)
-    everywhere = np.ones(first.shape, bool)
-    for rows in utils.progress(batches(range(len(scans)), STREAMED), desc="mean scan"):
-        for volume in _read_voxels(scans, rows, everywhere).reshape(-1, *first.shape):
-            total += volume
-            varies |= volume != first
-    return total / len(scans), varies
+# The Gram matrix --------------------------------------------------------------------------------
 
 
 def gram_matrix(scans: ScanDataset, mask: np.ndarray) -> np.ndarray:
-    """Inner products of all pairs of scans, float64 (N, N), with at most HELD voxels in memory.
+    """Inner products of all pairs of scans, float64 (N, N), with at most `voxelwise.HELD` voxels in memory.
 
     A block of scans is held while all later ones pass by: a scan is read once for its own block and
     once for every earlier one.
@@ -112,15 +92,15 @@ def gram_matrix(scans: ScanDataset, mask: np.ndarray) -> np.ndarray:
         mask: bool (X, Y, Z), the voxels that count.
     """
     n = len(scans)
-    blocks = batches(range(n), max(HELD // int(np.count_nonzero(mask)) - STREAMED, 1))
+    blocks = batches(range(n), max(voxelwise.HELD // int(np.count_nonzero(mask)) - STREAMED, 1))
     gram = np.empty((n, n))
     with utils.progress(None, sum(n - block.start for block in blocks), desc="Gram matrix") as bar:
         for block in blocks:
-            voxels = _read_voxels(scans, block, mask)  # (B, V)
+            voxels = read_voxels(scans, block, mask)  # (B, V)
             gram[block.start : block.stop, block.start : block.stop] = inner_products(voxels, voxels)
             bar.update(len(block))
             for rows in batches(range(block.stop, n), STREAMED):
-                part = inner_products(voxels, _read_voxels(scans, rows, mask))
+                part = inner_products(voxels, read_voxels(scans, rows, mask))
                 gram[block.start : block.stop, rows.start : rows.stop] = part
                 gram[rows.start : rows.stop, block.start : block.stop] = part.T
                 bar.update(len(rows))
@@ -131,41 +111,6 @@ def gram_matrix(scans: ScanDataset, mask: np.ndarray) -> np.ndarray:
 def inner_products(left: np.ndarray, right: np.ndarray) -> np.ndarray:
     """left @ right.T of float32 (A, V) and (B, V), as float64 throughout, (A, B)."""
     total = np.zeros((len(left), len(right)))
-    for chunk in _chunks(*left.shape):
+    for chunk in chunks(*left.shape):
         total += left[:, chunk].astype(np.float64) @ right[:, chunk].astype(np.float64).T
     return total
-
-
-def weighted_sums(coefficients: np.ndarray, scans: ScanDataset, mask: np.ndarray) -> np.ndarray:
-    """Weighted sums of the scans, (M, N) @ (N, V) -> float64 (M, V), in one pass over them."""
-    total = np.zeros((len(coefficients), np.count_nonzero(mask)))
-    for rows in utils.progress(batches(range(len(scans)), STREAMED), desc="maps"):
-        voxels = _read_voxels(scans, rows, mask)
-        for chunk in _chunks(*total.shape):
-            total[:, chunk] += coefficients[:, rows] @ voxels[:, chunk].astype(np.float64)
-        del voxels  # before the next ones are read
-    return total
-
-
-def unmask(values: np.ndarray, mask: np.ndarray) -> np.ndarray:
-    """Put voxels (V,) back where they are from, zero elsewhere: float64 (X, Y, Z)."""
-    volume = np.zeros(mask.shape)
-    volume[mask] = values
-    return volume
-
-
-def _read_voxels(scans: ScanDataset, rows: Sequence[int], mask: np.ndarray) -> np.ndarray:
-    """The voxels of some scans in a mask, float32 (len(rows), V)."""
-    voxels = np.empty((len(rows), np.count_nonzero(mask)), np.float32)
-
-    def read(number: int) -> None:
-        voxels[number] = scans[rows[number]][0][0].numpy()[mask]
-
-    utils.in_threads(read, range(len(rows)))
-    return voxels
-
-
-def _chunks(scans: int, voxels: int) -> list[slice]:
-    """Cut the voxels of some scans into slices of at most CHUNK values in all."""
-    width = max(CHUNK // scans, 1)
-    return [slice(start, start + width) for start in range(0, voxels, width)]

@@ -14,6 +14,7 @@ from torch.optim.swa_utils import update_bn
 import dataset
 import models
 import utils
+from brain_maps import FLOORS
 from dataset import Cohort
 from internals import storage, tables
 from internals.checkpoints import load_weights
@@ -31,6 +32,7 @@ class Run:
     folder: Path
     cohort: Cohort
     model: str  # name of its networks
+    permuted: bool = False  # whether they were trained on permuted labels
 
     def checkpoint(self, fold: int) -> Path:
         """The weights of a fold."""
@@ -60,6 +62,11 @@ class TrainedNetworks:
         model = new_network(self.run.model, self.run.cohort.grid)
         for fold in folds:
             load_weights(model, self.run.checkpoint(fold), torch.device("cpu"))
+
+    @property
+    def suffix(self) -> str:
+        """What their maps' folder has in its name."""
+        return FLOORS["permuted"] if self.run.permuted else ""
 
     def digest(self, fold: int) -> str | None:
         """SHA-256 of a fold's weights, as they were at first sight; None where there are none."""
@@ -93,6 +100,7 @@ class UntrainedNetworks:
 
     run: Run
     seed: int
+    suffix = FLOORS["untrained"]  # what their maps' folder has in its name
 
     def check(self, folds: Sequence[int]) -> None:
         """Raise InputError where the network cannot be built."""
@@ -105,7 +113,7 @@ class UntrainedNetworks:
 
     def load(self, fold: int, scans: dataset.ScanDataset, device: torch.device) -> models.CNN3d:
         """The network of a fold, in evaluation mode; its weights follow from the seed and the fold."""
-        utils.seed_everything(utils.fold_seed(self.seed, fold))
+        utils.seed_everything(utils.own_seed(self.seed, fold))
         model = models.build_model(self.run.model, self.run.cohort.grid.shape).to(device)
         update_bn(scans.loader(self.calibration_scans(fold), 1, device=device), model, device)
         return model.eval()
@@ -195,6 +203,8 @@ def _recorded_run(folder: Path, csv: Path | None, model: str | None, k: int | No
         trained_csv = Path(storage.entry(record, "csv", str))
         digest, trained_model = (storage.entry(record, name, str) for name in ("csv_sha256", "model"))
         trained_grid = storage.entry(record, "grid", dict)
+        trained_on = {"permute_labels": False} | storage.entry(record, "arguments", dict)
+        permuted = storage.entry(trained_on, "permute_labels", bool)
     trained_k = recorded_folding(folder)["fold"]
     if model not in (None, trained_model):
         raise InputError(f"--model {model}: {folder} was trained with {trained_model}")
@@ -214,7 +224,7 @@ def _recorded_run(folder: Path, csv: Path | None, model: str | None, k: int | No
     cohort = Cohort(csv, table, grid, folds, trained_k)
     if record.get("scans_sha256", "") not in ("", cohort.identity["scans_sha256"]):
         raise InputError(f"{csv}: the scans changed since {folder} was trained on them")
-    return Run(folder, cohort, trained_model)
+    return Run(folder, cohort, trained_model, permuted)
 
 
 def _read_folds(file: Path, table: pd.DataFrame, k: int) -> pd.DataFrame:

@@ -68,6 +68,11 @@ def get_parser() -> argparse.ArgumentParser:
     add("--split", choices=dataset.SPLITS, default="stratified", help="how subjects are divided into folds")
     add("--val-fraction", type=fraction, default=0.2, help="share of the training subjects for validation")
     add("--seed", type=utils.SEED, default=0, help="of folds, weights and shuffling")
+    add(
+        "--permute-labels",
+        action="store_true",
+        help="shuffle the training and validation labels: networks that learn nothing, as a floor for maps",
+    )
     add("--run-folds", type=number, nargs="+", metavar="I", help="only these folds")
     add("--precision", choices=PRECISIONS, default="fp32", help="of the forward and backward pass")
     add("--workers", type=number, default=2, help="processes or threads that read scans")
@@ -109,15 +114,25 @@ def save_folds(results: ResultFolder, folds: pd.DataFrame) -> None:
 
 
 def batches(
-    cohort: Cohort, scans: ScanDataset, batch: int, workers: int, seed: int, device: torch.device
+    cohort: Cohort,
+    scans: Callable[[int], ScanDataset],
+    batch: int,
+    workers: int,
+    seed: int,
+    device: torch.device,
 ) -> Load:
     """What makes batches of one role of one fold; shuffled for training, else in the CSV's order."""
 
     def load(fold: int, role: str) -> Loader:
-        shuffling = utils.fold_seed(seed, fold) if role == "train" else None
-        return scans.loader(cohort.scan_indices(fold, role), batch, workers, shuffling, device)
+        shuffling = utils.own_seed(seed, fold) if role == "train" else None
+        return scans(fold).loader(cohort.scan_indices(fold, role), batch, workers, shuffling, device)
 
     return load
+
+
+def with_permuted_labels(cohort: Cohort, scans: ScanDataset, seed: int) -> Callable[[int], ScanDataset]:
+    """The scans as a fold sees them where its training and validation labels are shuffled."""
+    return lambda fold: scans.with_labels(cohort.permuted_labels(fold, seed))
 
 
 def start(name: str, grid: Grid, lr: float, wd: float, seed: int, device: torch.device) -> TrainingState:
@@ -183,7 +198,8 @@ def main(argv: list[str] | None = None) -> int:
     devices.check_batch(args.batch, largest, device)
     arguments = {name: value for name, value in vars(args).items() if name not in INCIDENTAL}
     identity, only = cohort.identity | {"arguments": arguments}, args.run_folds and chosen
-    results = ResultFolder(args.outpath, FILES, range(args.fold), identity, {}, only, args.overwrite)
+    folds, implied = range(args.fold), {"permute_labels": False}
+    results = ResultFolder(args.outpath, FILES, folds, identity, {}, only, args.overwrite, implied)
     if results.check(partial(check_fold, args.outpath, network)):
         check_folds(args.outpath / "folds.csv", cohort.folds)
 
@@ -193,13 +209,14 @@ def main(argv: list[str] | None = None) -> int:
     work = devices.describe_batch(args.batch, cohort.grid.shape, args.model, device)
     with process.out_of_memory(work, "lower --batch, take fewer filters, or --cache disk"):
         scans = cohort.open_scans(cache, args.workers)
-        load = batches(cohort, scans, args.batch, args.workers, args.seed, device)
+        seen = with_permuted_labels(cohort, scans, args.seed) if args.permute_labels else lambda fold: scans
+        load = batches(cohort, seen, args.batch, args.workers, args.seed, device)
         about = {"csv": str(args.path.resolve()), "model": args.model, "seed": args.seed}
         with results.at_work(about) as missing:
             save_folds(results, cohort.folds)
             utils.say_kept(chosen, missing)
             for fold in missing:
-                seed = utils.fold_seed(args.seed, fold)
+                seed = utils.own_seed(args.seed, fold)
                 state = start(args.model, cohort.grid, args.lr, args.wd, seed, device)
                 train_fold(state, fold, load, schedule, args.outpath)
                 results.finish(fold, devices_per_fold=state.devices)

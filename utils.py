@@ -84,11 +84,11 @@ def choose_folds(wanted: list[int] | None, k: int) -> list[int]:
     return sorted(set(wanted)) if wanted else list(range(k))
 
 
-def say_kept(chosen: list[int], missing: list[int]) -> None:
+def say_kept(chosen: list[int], missing: list[int], whose: str = "") -> None:
     """Print which of the chosen folds were finished before."""
     for fold in chosen:
         if fold not in missing:
-            print(f"fold {fold}: finished before, kept")
+            print(f"{whose}fold {fold}: finished before, kept")
 
 
 # Progress and seeds ------------------------------------------------------------------------------
@@ -116,6 +116,6 @@ def seed_everything(seed: int) -> None:
     torch.backends.cudnn.benchmark = False
 
 
-def fold_seed(seed: int, fold: int) -> int:
-    """A seed of a fold's own, so that a fold comes out the same whichever others are run."""
-    return int(np.random.SeedSequence([seed, fold]).generate_state(1)[0])
+def own_seed(seed: int, number: int) -> int:
+    """A seed of a fold's or scan's own, so that it comes out the same whichever others are run."""
+    return int(np.random.SeedSequence([seed, number]).generate_state(1)[0])

@@ -46,6 +46,11 @@ class Grid:
     affine: np.ndarray  # (4, 4), voxel to mm
     header: nib.Nifti1Header  # without extensions
 
+    @property
+    def voxel_sizes(self) -> tuple[float, ...]:
+        """Edges of a voxel in mm."""
+        return tuple(nib.affines.voxel_sizes(self.affine).tolist())
+
     def record(self) -> dict:
         """The grid as the run record keeps it."""
         return {"shape": list(self.shape), "affine": self.affine.tolist()}

@@ -54,6 +54,7 @@ class ResultFolder:
         chosen: the parts that this call works on; None for all.
         overwrite: whether to remove what is there first: all of it or, with `chosen`, those parts and what is
             made of all.
+        implied: what records of earlier versions, which do not say it, mean.
     """
 
     path: Path
@@ -63,6 +64,7 @@ class ResultFolder:
     made_from: Mapping[Any, Mapping[str, Any]] = field(default_factory=dict)
     chosen: Sequence[PartKey] | None = None
     overwrite: bool = False
+    implied: Mapping[str, Any] = field(default_factory=dict)
 
     # Before any work ----------------------------------------------------------------------------
 
@@ -102,7 +104,7 @@ class ResultFolder:
         if record not in present:
             raise InputError(f"{present[0]} is in the way; {way_out}")
         found = storage.read_json(record)
-        before, now = _flat(found), _flat(self.identity)
+        before, now = {**self.implied, **_flat(found)}, _flat(self.identity)
         differing = [f"{k} ({before.get(k)} there, {now[k]} now)" for k in now if before.get(k) != now[k]]
         if differing:
             raise InputError(f"{record} is of another run: {', '.join(differing)}; {way_out}")

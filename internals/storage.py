@@ -252,14 +252,14 @@ def entry(
 
     Args:
         record: what should be a dict.
-        kinds: the types that the value may have; bool is no int here.
+        kinds: the types that the value may have; a bool is no int here.
         valid: what else must be true of it.
 
     Raises:
         InputError: the value is missing, or not such.
     """
     value = record.get(name) if isinstance(record, dict) else None
-    right = isinstance(value, kinds) and not isinstance(value, bool)
+    right = isinstance(value, kinds) and isinstance(value, bool) == (kinds is bool)
     if not right or not valid(value):
         raise InputError(f"is damaged: '{name}' is {reprlib.repr(value)}")
     return value

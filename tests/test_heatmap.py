@@ -245,7 +245,7 @@ def untrained(seed: int, fold: int, csv: Path, run: Path) -> models.CNN3d:
     In training mode, through the layers as they stand, a scan at a time; None is PyTorch's plain mean.
     """
     train = read_table(run / "folds.csv").query(f"role == 'train' and fold == {fold}")
-    utils.seed_everything(utils.fold_seed(seed, fold))
+    utils.seed_everything(utils.own_seed(seed, fold))
     network = models.build_model(MODEL, SHAPE)
     for block in network.blocks():
         block.norm.momentum = None

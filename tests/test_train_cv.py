@@ -193,7 +193,7 @@ def test_another_seed_or_fold_starts_from_other_weights():
     grid = dataset.Grid(SHAPE, AFFINE, None)  # type: ignore[arg-type]
 
     def start(seed: int, fold: int) -> dict[str, torch.Tensor]:
-        own = utils.fold_seed(seed, fold)
+        own = utils.own_seed(seed, fold)
         return train_cv.start(MODEL, grid, 1e-3, 0, own, dataset.CPU).model.state_dict()
 
     assert same_state(start(3, 1), start(3, 1))

@@ -75,7 +75,7 @@ def test_threads_work_at_once_and_answer_in_order(capsys, name):
 
 
 def test_folds_have_seeds_of_their_own():
-    seeds, again = ([utils.fold_seed(seed, fold) for seed in range(3) for fold in range(5)] for _ in "12")
+    seeds, again = ([utils.own_seed(seed, fold) for seed in range(3) for fold in range(5)] for _ in "12")
     assert len(set(seeds)) == 15
     assert again == seeds
     assert all(0 <= seed < 2**32 for seed in seeds)

@@ -1,5 +1,6 @@
 # make demo       a cohort, five networks, their maps, an SVM, and how all agree with the truth: under demo/
 # make demo-null  the same people without any planted loss: what is left is chance
+# make demo-floors  after the demo: every other method, and networks trained on permuted labels as a third floor
 # make bench      speed and memory against the published way, about 17 minutes; bench-quick: 2 minutes
 # make device DEVICE=0  what a device computes, against float64 on the CPU, and whether it waits for scans
 # make slopes     how time and memory grow with subjects, steps and voxels, and the comparison at 1 mm, about 25 minutes
@@ -17,20 +18,36 @@ DEMO := demo
 SEED := 0
 COHORT = --subjects 80 --voxel 2 --severity 2 --seed $(SEED)
 TRAIN := --model modelB8 --lr 1e-3 --wd 1e-3 --batch 4 --epochs 16 --patience 12
-# method + baseline
-MAPS := LRP+zero GGC+zero IG+zero IG+controls
-.PHONY: demo demo-null bench bench-quick device slopes torture test fuzz lint clean
+METHODS := LRP GGC IG Gradient SmoothGrad
+.PHONY: demo demo-null demo-floors bench bench-quick device slopes torture test fuzz lint clean
+
+# maps of trained or untrained networks: $(call maps,folder of the networks,trained or random,methods,options)
+maps = $(PY) heatmap.py --method $3 --weights $2 --modelpath $1 --outpath $(DEMO)/heatmaps --overwrite $4
+compare = $(PY) overlap.py --maps $(DEMO)/heatmaps --reference $(DEMO)/cohort/truth.nii.gz \
+    --mask $(DEMO)/cohort/mask.nii.gz --overwrite
 
 demo demo-null: .venv/run
 	$(PY) simulate.py --outpath $(DEMO)/cohort $(COHORT) --overwrite
 	$(PY) train_cv.py --path $(DEMO)/cohort/data.csv --outpath $(DEMO)/models $(TRAIN) --overwrite
-	for map in $(MAPS); do for weights in trained random; do \
-	    $(PY) heatmap.py --method $${map%%+*} --baseline $${map##*+} --weights $$weights --steps 50 \
-	        --modelpath $(DEMO)/models --outpath $(DEMO)/heatmaps --overwrite || exit; \
-	done; done
+	$(call maps,$(DEMO)/models,trained,$(METHODS),--steps 50)
+	$(call maps,$(DEMO)/models,random,$(METHODS),--steps 50)
+	$(call maps,$(DEMO)/models,trained,IG,--baseline controls --steps 50)
+	$(call maps,$(DEMO)/models,random,IG,--baseline controls --steps 50)
 	$(PY) svm.py --modelpath $(DEMO)/models --outpath $(DEMO)/heatmaps --overwrite
-	$(PY) overlap.py --maps $(DEMO)/heatmaps --reference $(DEMO)/cohort/truth.nii.gz \
-	    --mask $(DEMO)/cohort/mask.nii.gz --overwrite
+	$(PY) ttest.py --modelpath $(DEMO)/models --outpath $(DEMO)/heatmaps --overwrite
+	$(compare)
+
+OTHERS := InputXGradient GradCAM Occlusion
+demo-floors: .venv/run
+	$(PY) train_cv.py --path $(DEMO)/cohort/data.csv --outpath $(DEMO)/permuted $(TRAIN) --permute-labels --overwrite
+	$(call maps,$(DEMO)/permuted,trained,$(METHODS) $(OTHERS),--steps 50)
+	$(call maps,$(DEMO)/permuted,trained,IG,--baseline controls --steps 50)
+	$(call maps,$(DEMO)/permuted,trained,LRP,--rule composite)
+	for weights in trained random; do \
+	    $(call maps,$(DEMO)/models,$$weights,$(OTHERS)) && \
+	    $(call maps,$(DEMO)/models,$$weights,LRP,--rule composite) || exit; \
+	done
+	$(compare)
 
 demo-null: DEMO := $(DEMO)/null
 demo-null: COHORT += --null

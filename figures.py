@@ -112,7 +112,7 @@ def _rows(count: int, title: str) -> tuple[Any, Any]:
     height = 2.4 * count + 0.5
     figure, axes = _pyplot().subplots(count, 1, figsize=(13, height), facecolor="white", squeeze=False)
     figure.subplots_adjust(left=0.05, right=0.92, top=1 - 0.5 / height, bottom=0.01, hspace=0.02)
-    figure.suptitle(title, fontsize=13)
+    figure.suptitle(title, fontsize=13, y=1 - 0.15 / height, va="top")
     return figure, axes[:, 0]
 
 
@@ -132,28 +132,20 @@ def _draw_slices(
     affine: np.ndarray,
     direction: str,
     cuts: int | Sequence[float],
-    threshold: float,
+    threshold: float | None,
     limits: tuple[float, float],
 ) -> Any:
     """Draw a map over a scan, as a row of slices with its name to the left; returns nilearn's display."""
     from nilearn import plotting
 
     low, high = limits
-    display = plotting.plot_stat_map(
-        nib.Nifti1Image(values.astype(np.float32), affine),
-        bg_img=nib.Nifti1Image(background.astype(np.float32), affine),
-        display_mode=direction,
-        cut_coords=cuts,
-        threshold=threshold,
-        vmin=low,
-        vmax=high,
-        cmap="cold_hot" if low < 0 else "hot",
-        symmetric_cbar=low < 0,
-        colorbar=False,
-        axes=axis,
-        black_bg=False,
-        dim=0,
-    )
+    scan = nib.Nifti1Image(background.astype(np.float32), affine)
+    shape = {"display_mode": direction, "cut_coords": cuts, "axes": axis, "black_bg": False, "dim": 0}
+    if not values.any():  # nilearn takes no map of zeros: the scan stands in, and is not seen
+        values, threshold, low, high, shape["transparency"] = background, None, -1.0, 1.0, 0.0
+    image = nib.Nifti1Image(values.astype(np.float32), affine)
+    look = {"cmap": "cold_hot" if low < 0 else "hot", "symmetric_cbar": low < 0, "colorbar": False}
+    display = plotting.plot_stat_map(image, scan, threshold=threshold, vmin=low, vmax=high, **look, **shape)
     place = axis.get_position()
     middle = (place.y0 + place.y1) / 2
     axis.figure.text(place.x0 - 0.005, middle, name, rotation=90, ha="right", va="center", fontsize=11)
@@ -223,7 +215,7 @@ def draw_overlap(table: pd.DataFrame, ranked: pd.DataFrame, curves: dict[str, An
         axis.spines[["top", "right"]].set_visible(False)
         known |= {label: handle for handle, label in zip(*axis.get_legend_handles_labels(), strict=True)}
     axes[0].set(ylabel="Dice with the reference", ylim=(0, None))
-    figure.legend(known.values(), known, loc="outside lower center", ncols=-(-len(known) // 2), frameon=False)
+    figure.legend(known.values(), known, loc="outside lower center", ncols=min(len(known), 7), frameon=False)
     _save(figure, path, dpi=150)
 
 

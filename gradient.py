@@ -70,7 +70,7 @@ def smoothgrad(
         samples: number n of noisy copies.
         sigma: standard deviation of the noise, as a share of each scan's range.
         seeds: of the noise, one per scan, so that it does not depend on what else is in the batch; 0 by
-            default. Another kind of device draws other numbers.
+            default. Every device gets the same numbers.
 
     Returns:
         The mean gradient, like `volume`, signed; logits per unit of the scan.
@@ -89,22 +89,20 @@ def smoothgrad(
     with evaluation_mode(model), torch.no_grad():
         network = FoldedNetwork(model, volume.shape[2:])
         block = network.blocks[0]
-        spread = sigma * (volume.amax((1, 2, 3, 4), keepdim=True) - volume.amin((1, 2, 3, 4), keepdim=True))
-        spread = spread * (volume != 0)
-        generators = [torch.Generator(volume.device).manual_seed(seed) for seed in seeds]
+        generators = [torch.Generator().manual_seed(seed) for seed in seeds]
         shape = (*volume.shape[:1], len(block.weight), *block.conv_shape(volume.shape[2:]))
         total = to_memory_format(volume.new_zeros(shape))  # (B, n, X', Y', Z')
         for _ in utils.progress(range(samples), desc="noisy copies", leave=False):
-            copies = torch.addcmul(volume, spread, draw_noise(generators, volume))
+            copies = torch.stack([noisy_copy(*pair, sigma) for pair in zip(volume, generators, strict=True)])
             pooled, max_indices = block.convolve_and_pool(copies)
             add_at_maxima(total, network.pooled_gradient(block.activate(pooled), target), max_indices)
         return transposed_convolution(total, block.weight) / samples
 
 
-def draw_noise(generators: Sequence[torch.Generator], like: Tensor) -> Tensor:
-    """Standard normal noise of each scan's own generator, like (B, 1, X, Y, Z)."""
-    drawn = [
-        torch.randn(like.shape[1:], generator=generator, dtype=like.dtype, device=like.device)
-        for generator in generators
-    ]
-    return torch.stack(drawn)
+def noisy_copy(scan: Tensor, generator: torch.Generator, sigma: float) -> Tensor:
+    """A scan (1, X, Y, Z) and normal noise where it is not zero, sigma of its range; drawn on the CPU."""
+    inside = scan != 0
+    noise = torch.randn(int(inside.sum()), generator=generator, dtype=scan.dtype)
+    copy = scan.clone()
+    copy[inside] += sigma * (scan.max() - scan.min()) * noise.to(scan.device)
+    return copy

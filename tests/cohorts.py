@@ -10,6 +10,7 @@ import torch
 
 import dataset
 import models
+from dataset import ScanDataset
 
 # Three edges, so that swapped axes show; 94 is the smallest that family B takes.
 SHAPE = (94, 95, 96)
@@ -139,3 +140,33 @@ def only_error(captured: str) -> str:
 
 def white(shape: tuple[int, ...], seed: int) -> np.ndarray:
     return np.random.default_rng(seed).standard_normal(shape).astype(np.float32)
+
+
+# what makes a method's map of these scans quick; cubes of three to a side of the grid
+QUICK: dict[str, dict[str, float]] = {
+    "IG": {"steps": 2},
+    "SmoothGrad": {"samples": 2, "sigma": 0.2},
+    "Occlusion": {"size": 80.0, "stride": 60.0},
+}
+
+
+def quick(method: str) -> list[str]:
+    """The options of QUICK as heatmap.py takes them."""
+    return [word for name, value in QUICK.get(method, {}).items() for word in (f"--{name}", str(value))]
+
+
+# Scans that are never written to disk --------------------------------------------------------------
+
+
+def two_groups(n: int, shape: tuple[int, int, int]) -> np.ndarray:
+    """Scans, float32 (N, X, Y, Z), labelled 0, 1, 0, ...; the groups overlap, one face is the same in all."""
+    values = np.random.default_rng(0).random((n, *shape), np.float32)
+    values[1::2, 1:3] += 0.1
+    values[:, 0] = 0.5
+    return values
+
+
+def scans_of(volumes: np.ndarray) -> ScanDataset:
+    """A dataset of scans in memory, labelled 0, 1, 0, 1, ..."""
+    n = len(volumes)
+    return ScanDataset(pd.DataFrame({"file": range(n), "label": np.arange(n) % 2}), volumes)

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from cohorts import MODEL, SHAPE, TRAINED, K, load_volume, write_cohort
+from cohorts import MODEL, SHAPE, TRAINED, K, load_volume, quick, write_cohort
 from hypothesis import settings
 
 import classifier_scores
@@ -63,9 +63,9 @@ def lively_run(run, csv, tmp_path_factory) -> Path:
 def maps(lively_run, tmp_path_factory) -> Path:
     """Every method's maps of every scan, one METHOD folder each; read only."""
     folder = tmp_path_factory.mktemp("maps")
-    for method in heatmap.METHODS:
-        options = ["--method", method, "--modelpath", str(lively_run), "--outpath", str(folder)]
-        assert heatmap.main([*options, "--device", "cpu", "--steps", "2", "--save-subjects"]) == 0
+    options = ["--method", *heatmap.METHODS, "--modelpath", str(lively_run), "--outpath", str(folder)]
+    options += [word for method in heatmap.METHODS for word in quick(method)]
+    assert heatmap.main([*options, "--device", "cpu", "--save-subjects"]) == 0
     return folder
 
 

@@ -297,9 +297,12 @@ def test_maps_are_described_where_there_is_no_float64(method):
     model, scans = random_network(case).float(), random_volume(case, 2).float()
 
     def explained(network: models.CNN3d) -> tuple[np.ndarray, pd.DataFrame]:
-        explainer = Explainer(network, known, known.chosen({"beta": 0.5, "steps": 2}), None, "label")
+        options = known.chosen({"steps": 2, "samples": 2, "size": 20.0, "stride": 15.0})
+        settings = {"baseline": None, "voxel_sizes": (1, 1, 1)}
+        explainers = {method: Explainer(network, known, options, settings, "label")}
         loader = DataLoader(TensorDataset(scans, torch.tensor([0, 1])), 2)
-        return explain_scans(explainer, loader, lambda *_: None, method)
+        means, rows = explain_scans(explainers, loader, [1, 2], lambda *_: None, method)[method]
+        return means.mean(), rows
 
     mean, rows = explained(model)
     with StandIn("mps") as standin:

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 
+import methods
 import utils
 
 ROOT = Path(__file__).parent.parent
@@ -16,6 +17,8 @@ README, CODE = ROOT / "README.md", ROOT / "docs" / "code.md"
 PAGES = [README, *sorted((ROOT / "docs").glob("*.md")), ROOT / "bench" / "RESULTS.md"]
 MODULES = [path for path in [*ROOT.glob("*.py"), *ROOT.glob("internals/*.py")] if path.stem != "__init__"]
 COMMANDS = sorted(path.stem for path in MODULES if "\ndef get_parser(" in path.read_text())
+# what methods' options are where they are not given; the parser leaves them out then
+DEFAULTS = {option.name: option.default for option in methods.users()}
 OUTPUTS = ("csv", "json", "png", "py")  # overlap.csv is no name in overlap.py
 
 each_page = pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
@@ -77,7 +80,7 @@ def get_parser(command: str) -> argparse.ArgumentParser:
 
 def says_default(cell: str, action: argparse.Action) -> bool:
     """Whether a table's cell says an option's default: its value; where there is none, words or nothing."""
-    default: Any = action.default
+    default: Any = DEFAULTS.get(action.dest) if action.default == argparse.SUPPRESS else action.default
     if action.required or default is False:
         return cell == ("required" if action.required else "")
     values = cell.strip("`").split()

@@ -1,8 +1,8 @@
-"""ggc.py: guided Grad-CAM by hand, against autograd with a guided relu, and against captum."""
+"""ggc.py: Grad-CAM and guided Grad-CAM by hand, against autograd with a guided relu, and against captum."""
 
 import pytest
 import torch
-from captum.attr import GuidedGradCam
+from captum.attr import GuidedGradCam, LayerAttribution, LayerGradCam
 from networks import (
     CASES,
     Case,
@@ -20,7 +20,7 @@ from places import Place, over_places
 from torch import Tensor, nn
 
 import models
-from ggc import guided_gradcam
+from ggc import gradcam, guided_gradcam
 from models import CNN3d
 
 ONE = torch.tensor([1])
@@ -52,9 +52,10 @@ def stretch(length: int, to: int) -> Tensor:
     return (1 - (places[:, None] - torch.arange(length)).abs()).clamp(min=0)
 
 
-def naive_gradcam(model: CNN3d, volume: Tensor, target: Tensor) -> Tensor:
-    """relu(sum_k w_k A_k) of the last convolution's output A, stretched to the scan."""
-    before, after = model.features[:-3], model.features[-3:]
+def naive_gradcam(model: CNN3d, volume: Tensor, target: Tensor, layer: int = -1) -> Tensor:
+    """relu(sum_k w_k A_k) of a convolution's output A, the last one's by default, stretched to the scan."""
+    place = 4 * (layer % len(model.blocks())) + 1
+    before, after = model.features[:place], model.features[place:]
     maps = before(volume).detach().requires_grad_()
     logits = model.classifier(after(maps).flatten(1))
     (slopes,) = torch.autograd.grad(logits.gather(1, target[:, None]).sum(), maps)
@@ -104,6 +105,33 @@ def test_equals_autograd_with_guided_relus_and_captum(place: Place, case: Case, 
     found = place.do(guided_gradcam, model, volume, target)
     assert difference(found, expected) < place.oracle
     assert difference(found, captum_ggc(model, volume, target)) < place.oracle
+
+
+LAYERS = [(name, layer) for name, case in CASES.items() for layer in range(len(case.blocks))]
+
+
+@over_places
+@pytest.mark.parametrize(("name", "layer"), LAYERS)
+def test_gradcam_of_every_block_equals_autograd_and_captum(place: Place, name: str, layer: int):
+    case = CASES[name]
+    volume, target = random_volume(case, 3), mixed_targets(3)
+    models_of_seeds = (random_network(case, seed) for seed in range(20))
+    pairs = ((model, naive_gradcam(model, volume, target, layer)) for model in models_of_seeds)
+    model, expected = next(pair for pair in pairs if (pair[1].flatten(1).amax(1) > 0).all())
+    for number in (layer, layer - len(case.blocks)):  # from either end
+        found = place.do(gradcam, model, volume, target, number)
+        assert difference(found, expected) < place.oracle
+        assert (found >= 0).all()
+    maps = LayerGradCam(model, model.features[4 * layer]).attribute(volume, target, relu_attributions=True)
+    captum = LayerAttribution.interpolate(maps, volume.shape[2:], "trilinear").detach()
+    assert difference(found, captum) < place.oracle
+
+
+@pytest.mark.parametrize("layer", [2, -3, 5])
+def test_no_such_block(layer: int):
+    volume, target = random_volume(CASES["C"], 1), ONE
+    with pytest.raises(ValueError, match=f"layer {layer}: the network has 2 blocks, 0 to 1 or -2 to -1"):
+        gradcam(random_network(CASES["C"]), volume, target, layer)
 
 
 def test_volumes_with_negative_values():

@@ -5,6 +5,7 @@ import shutil
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -14,12 +15,14 @@ from cohorts import (
     AFFINE,
     LABELS,
     MODEL,
+    QUICK,
     SHAPE,
     K,
     contents,
     load_network,
     load_volume,
     only_error,
+    quick,
     read_nifti,
     read_table,
     read_values,
@@ -28,6 +31,7 @@ from cohorts import (
 from interruptions import ends_after, terminate
 
 import dataset
+import explaining
 import heatmap
 import models
 import runs
@@ -38,19 +42,25 @@ from internals.errors import InputError
 from lrp import lrp
 from methods import Method
 
-METHODS = ["LRP", "IG", "GGC"]
-STEPS = 2
-OPTIONS: dict[str, dict[str, float]] = {"LRP": {"beta": 0.5}, "IG": {"steps": STEPS}, "GGC": {}}
+METHODS = list(heatmap.METHODS)
 IDENTITY = ["fold", "path", "label", "subject"]
 COLUMNS = [*IDENTITY, "predicted", "target", "prob_target", "sum", "residual", "zero"]
-MEANS = {"map_all.nii.gz", "map_all.png", "mean_scan.nii.gz"}
-FILES = {"map_f0.nii.gz", "map_f1.nii.gz", "subjects.csv", "map.json", *MEANS}
+OF_ALL = ("all", "controls", "patients")
+MEANS = {*(f"map_{group}.nii.gz" for group in OF_ALL), "map_all.png", "mean_scan.nii.gz"}
+FOLDS = {f"map_{group}f{fold}.nii.gz" for group in ("", "controls_", "patients_") for fold in range(K)}
+FILES = {*FOLDS, "subjects.csv", "map.json", *MEANS}
+VOXEL_SIZES = np.linalg.norm(AFFINE[:3, :3], axis=0)
 FACTS = ["weights_sha256", "scans_per_fold", "zero_maps_per_fold", "device_per_fold"]
 
 
 def explain(method: str, run: Path, outpath: Path, *options: str) -> int:
     where = ["--method", method, "--modelpath", str(run), "--outpath", str(outpath)]
-    return heatmap.main([*where, "--device", "cpu", "--steps", str(STEPS), *options])
+    return heatmap.main([*where, "--device", "cpu", *quick(method), *options])
+
+
+def options_of(method: str) -> dict[str, Any]:
+    """A method's options as `explain` gives them."""
+    return heatmap.METHODS[method].chosen(QUICK.get(method, {}))
 
 
 def read_record(folder: Path) -> dict:
@@ -105,7 +115,7 @@ def test_files_lie_where_the_scans_lie_and_maps_are_means(maps, csv, method):
     assert (maps / method / "map_all.png").read_bytes().startswith(b"\x89PNG")
     scan = read_nifti(csv.parent / "scans" / "000.nii")
     files = sorted((maps / method).rglob("*.nii.gz"))
-    assert len(files) == len(names) - 3 == 16
+    assert len(files) == len(names) - 3 == 22
     for file in files:
         found = read_nifti(file)
         assert (found.shape, found.get_data_dtype()) == (SHAPE, np.float32)
@@ -119,6 +129,12 @@ def test_files_lie_where_the_scans_lie_and_maps_are_means(maps, csv, method):
         mean = np.mean(subject_maps(maps / method, table, fold), axis=0)
         assert equal_in_float32(read_values(maps / method / f"map_f{fold}.nii.gz"), mean)
         assert np.ptp(mean) > 0
+    for group, label in (("controls", 0), ("patients", 1)):
+        files = [values for fold in range(K) for values in subject_maps(maps / method, table, fold)]
+        chosen = [values for values, truth in zip(files, table["label"], strict=True) if truth == label]
+        # the mean of all its scans, whatever their folds; the folds' means were rounded to float32 before
+        found = read_values(maps / method / f"map_{group}.nii.gz")
+        assert np.allclose(found, np.mean(chosen, axis=0), rtol=1e-5, atol=1e-6 * np.abs(found).max())
     check_map_all(maps / method)
     scans = [dataset.read_scan(path).astype(float) for path in sorted((csv.parent / "scans").iterdir())]
     found = read_values(maps / method / "mean_scan.nii.gz")
@@ -144,12 +160,17 @@ def test_subjects(maps, lively_run, csv, method):
     for fold, network in enumerate(networks):
         row = table[table["fold"] == fold].iloc[-1]
         volume, target = load_volume(csv.parent / str(row["path"])), torch.tensor([row["label"]])
-        direct = heatmap.METHODS[method](network, volume, target, **OPTIONS[method])
-        assert same_map(subject_maps(maps / method, table, fold)[-1], direct)
-    if method == "GGC":  # its sum means nothing
-        assert table["residual"].isna().all()
-    elif method == "LRP":  # relevance is conserved
+        scan = int(np.flatnonzero(read_table(csv)["path"] == row["path"])[0])
+        needed = {"seeds": [utils.own_seed(0, scan)], "voxel_sizes": VOXEL_SIZES, "baseline": None}
+        known = heatmap.METHODS[method]
+        settings = options_of(method) | {name: needed[name] for name in known.needs}
+        assert same_map(
+            subject_maps(maps / method, table, fold)[-1], known(network, volume, target, **settings)
+        )
+    if method == "LRP":  # relevance is conserved
         check_residual(table, logits)
+    elif method != "IG":  # their sums mean nothing
+        assert table["residual"].isna().all()
     else:  # completeness: the rise over a blank image
         with torch.no_grad():
             origin = [network(torch.zeros(1, 1, *SHAPE))[0].double() for network in networks]
@@ -159,8 +180,8 @@ def test_subjects(maps, lively_run, csv, method):
 @over_methods
 def test_record(maps, lively_run, csv, method):
     record, table = read_record(maps / method), read_table(maps / method / "subjects.csv")
-    baseline = {"baseline": "zero"} if method == "IG" else {}
-    wanted = {"target": "label", "save_subjects": True, "weights": "trained", **baseline, **OPTIONS[method]}
+    wanted = {"target": "label", "save_subjects": True, "weights": "trained", **options_of(method)}
+    wanted |= {"seed": 0} if method == "SmoothGrad" else {}
     sha = {str(fold): storage.file_sha256(lively_run / f"state_dict_f{fold}.pth") for fold in range(K)}
     known = {"method": method, "options": wanted, "modelpath": str(lively_run.resolve())}
     known |= {"csv_sha256": storage.file_sha256(csv), "versions": storage.package_versions()}
@@ -186,11 +207,22 @@ def test_target_and_beta(maps, lively_run, csv, tmp_path):
         assert not np.allclose(saved[number], before[number], rtol=0.1)
 
 
+@pytest.fixture(scope="module")
+def in_batches(lively_run, tmp_path_factory) -> Path:
+    """The maps of one fold by all methods, two scans at once; read only."""
+    folder = tmp_path_factory.mktemp("batches")
+    options = [word for method in METHODS for word in quick(method)]
+    where = ["--modelpath", str(lively_run), "--outpath", str(folder), "--device", "cpu"]
+    assert heatmap.main(["--method", *METHODS, *options, *where, "--batch", "2", "--run-folds", "0"]) == 0
+    return folder
+
+
 @over_methods
-def test_batch_does_not_change_the_maps(maps, lively_run, tmp_path, method):
+def test_batch_does_not_change_the_maps(maps, in_batches, method):
     """And maps of subjects are written on request only."""
-    assert explain(method, lively_run, tmp_path, "--batch", "2", "--run-folds", "0") == 0
-    assert set(contents(tmp_path / method)) == {"map_f0.nii.gz", "subjects.csv", "map.json"}
+    tmp_path = in_batches
+    parts = {f"map_{group}f0.nii.gz" for group in ("", "controls_", "patients_")}
+    assert set(contents(tmp_path / method)) == {*parts, "subjects.csv", "map.json"}
     one, two = (read_values(folder / method / "map_f0.nii.gz") for folder in (maps, tmp_path))
     # float32 in another order; where the two largest voxels of a pooling window differ by a rounding
     # the other one may win, which changes the map within that unit's field of view
@@ -217,7 +249,7 @@ def test_baseline_of_controls(lively_run, csv, tmp_path):
     table, network = read_table(folder / "subjects.csv"), load_network(lively_run / "state_dict_f1.pth")
     baseline = torch.from_numpy(saved.astype(np.float32))[None, None]
     volume, target = load_volume(csv.parent / table["path"][0]), torch.tensor([int(table["target"][0])])
-    direct = integrated_gradients(network, volume, target, steps=STEPS, baseline=baseline)
+    direct = integrated_gradients(network, volume, target, steps=2, baseline=baseline)
     assert same_map(subject_maps(folder, table, 1)[0], direct)
     with torch.no_grad():
         check_residual(table, logits_of(lively_run, csv, table) - network(baseline).double().numpy())
@@ -337,13 +369,13 @@ def test_second_call_keeps_everything(copy, lively_run, maps, counted, capsys):
     assert [time_of(file) for file in sorted(copy.rglob("*"))] == before
     assert same_files(copy, maps)
     lines = capsys.readouterr().out.splitlines()
-    assert [f"fold {fold}: finished before, kept" for fold in range(K)] == lines[1:3]
+    assert [f"LRP fold {fold}: finished before, kept" for fold in range(K)] == lines[1:3]
     assert lines[-1] == f"written to {copy}: map_all.nii.gz, map_all.png, map_f*.nii.gz, subjects.csv"
 
 
-# after: a single scan; the maps of a fold, before its rows are entered; its rows, before the record says that
-# it is finished; the means
-MOMENTS = [(nifti, "save_map", 3, []), (heatmap.FoldMaps, "explain", 2, [0])]
+# after: a few scans; all scans of the second fold, before anything of it is written; the rows of the first,
+# before the record says that it is finished; the means
+MOMENTS = [(nifti, "save_map", 3, []), (explaining, "explain_scans", 2, [0])]
 MOMENTS += [(heatmap, "update_subjects", 2, []), (heatmap.FoldMaps, "average", 1, [0, 1])]
 
 
@@ -383,7 +415,7 @@ def test_fold_of_changed_weights_is_explained_again(copy, maps, lively_copy, cou
 def check_only(folder: Path, maps: Path, fold: int) -> None:
     """That the other fold is struck off: its files, rows and facts, and the means; this one's are there."""
     kept = {name: content for name, content in contents(maps / "LRP").items() if f"f{fold}" in name}
-    assert len(kept) == 1 + (read_table(maps / "LRP" / "subjects.csv")["fold"] == fold).sum()
+    assert len(kept) == 3 + (read_table(maps / "LRP" / "subjects.csv")["fold"] == fold).sum()
     assert contents(folder).items() >= kept.items()
     assert set(contents(folder)) == {*kept, "map.json", "subjects.csv"}
     assert set(read_table(folder / "subjects.csv")["fold"]) == {fold}
@@ -398,7 +430,7 @@ def test_fold_that_is_begun_again_is_struck_off_first(copy, maps, lively_copy, m
     former = weights.read_bytes()
     shutil.copy(lively_copy / "state_dict_f0.pth", weights)
     with monkeypatch.context() as patch:
-        patch.setattr(heatmap.FoldMaps, "explain", terminate)
+        patch.setattr(heatmap, "explain_fold", terminate)
         assert again(lively_copy, copy) == 143
     check_only(copy, maps, fold=0)
     weights.write_bytes(former)
@@ -468,7 +500,7 @@ def test_overwrite_of_one_fold_keeps_the_others(copy, lively_run, maps, monkeypa
     """Its map, its scans' maps, its rows and the means go; what is of other folds stays, byte for byte."""
     options = ["--run-folds", "0", "--overwrite"]
     with monkeypatch.context() as patch:
-        patch.setattr(heatmap.FoldMaps, "explain", terminate)
+        patch.setattr(heatmap, "explain_fold", terminate)
         assert again(lively_run, copy, *options) == 143
     check_only(copy, maps, fold=1)
     assert again(lively_run, copy, *options) == 0
@@ -538,8 +570,8 @@ def test_rows_of_subjects_that_were_edited(tmp_path, row):
     [("scans/a b.nii.gz", "a_b"), ("../../etc/passwd", "passwd"), ("..", ".."), ("$(x);\x1b\n/.nii", ""),
      ("é脳.nii", "__"), ("x" * 251 + ".nii", "x" * 150)],
 )  # fmt: skip
-def test_map_of_a_scan_stays_in_its_folder(tmp_path, path, name):
-    assert heatmap.subject_file(tmp_path, 1, 7, path) == tmp_path / f"subjects/f1_00007_{name}.nii.gz"
+def test_map_of_a_scan_stays_in_its_folder(path, name):
+    assert heatmap.subject_name(1, 7, path) == f"subjects/f1_00007_{name}"
 
 
 def test_published_checkpoints_use_the_published_blocks(lively_run, csv, tmp_path):

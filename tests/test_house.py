@@ -9,10 +9,11 @@ FLOORS = [
     ["internals"],
     ["utils"],
     ["dataset", "brain_maps", "models"],
-    ["runs", "training", "figures", "lrp", "ig", "ggc", "patterns", "classifier_scores", "overlap_scores"],
-    ["methods", "selfcheck"],
-    ["explaining"],
-    ["train_cv", "heatmap", "svm", "overlap", "simulate"],
+    ["runs", "training", "classifier_scores", "overlap_scores"],
+    ["lrp", "ig", "ggc", "gradient", "occlusion", "figures"],
+    ["methods", "selfcheck", "voxelwise"],
+    ["explaining", "patterns"],
+    ["train_cv", "heatmap", "svm", "ttest", "overlap", "simulate"],
 ]
 FLOOR = {room: floor for floor, rooms in enumerate(FLOORS) for room in rooms}
 

@@ -1,5 +1,6 @@
-"""lrp.py: the beta rule by hand, against the plain four-term rule, and its conservation."""
+"""lrp.py: both rules by hand, against plain ones layer by layer, and their conservation."""
 
+from functools import partial
 from itertools import product
 
 import pytest
@@ -8,6 +9,7 @@ from networks import (
     CASES,
     Case,
     assemble,
+    check_nearly_equal,
     difference,
     example,
     head_in_zeros,
@@ -286,3 +288,108 @@ def test_conservation_at_the_smallest_published_grid(family: str):
     residual = abs(relevance.double().sum().item() - logit)
     assert residual < 1e-3 * relevance.double().abs().sum().item()
     assert residual < 1e-2 * abs(logit)
+
+
+# The composite -----------------------------------------------------------------------------------
+
+
+def hand_on(a: Tensor, w: Tensor, bias: Tensor, relevance: Tensor, epsilon: float) -> tuple[Tensor, Tensor]:
+    """One layer of LRP-epsilon, (B, n, x, y, z) -> (B, C, X, Y, Z); what bias and epsilon absorb, (B,)."""
+    z = correlate(a, w) + bias.view(1, -1, 1, 1, 1)
+    sign = torch.where(z < 0, -1.0, 1.0).double()
+    share = relevance / (z + epsilon * sign)
+    absorbed = share * (bias.view(1, -1, 1, 1, 1) + epsilon * sign)
+    return a * spread(share, w), absorbed.flatten(1).sum(1)
+
+
+@torch.no_grad()
+def naive_composite(
+    model: CNN3d, volume: Tensor, target: Tensor, epsilon: float = 1e-6
+) -> tuple[Tensor, Tensor]:
+    """EpsilonPlusFlat, BatchNorm merged; the map, and what biases and epsilon absorbed."""
+    values, layers, absorbed = volume, [], torch.zeros(len(volume)).double()
+    for conv, norm, _, pool in model.blocks():
+        factor = norm.weight / torch.sqrt(norm.running_var + norm.eps)
+        weight = conv.weight * factor.view(-1, 1, 1, 1, 1)
+        bias = (conv.bias - norm.running_mean) * factor + norm.bias
+        after = (correlate(values, weight) + bias.view(1, -1, 1, 1, 1)).clamp(min=0)
+        inputs, (values, ones) = values, naive_pool(after, pool.kernel_size)
+        layers.append((inputs, weight, bias, ones, pool.kernel_size))
+    hidden, output = model.linears()
+    voxel = (..., None, None, None)
+    flat = values.flatten(1)[voxel]
+    units = (correlate(flat, hidden.weight[voxel]) + hidden.bias.view(1, -1, 1, 1, 1)).clamp(min=0)
+    logits = model(volume)
+    relevance = (logits * torch.nn.functional.one_hot(target, 2))[voxel]
+    for inputs, linear in ((units, output), (flat, hidden)):
+        relevance, lost = hand_on(inputs, linear.weight[voxel], linear.bias, relevance, epsilon)
+        absorbed += lost
+    relevance = relevance.view(values.shape)
+    for number, (inputs, weight, bias, ones, window) in reversed(list(enumerate(layers))):
+        at_maxima = torch.zeros_like(ones)
+        windows(at_maxima, window).copy_(relevance[..., None, None, None] * windows(ones, window))
+        if number:
+            weight, bias = weight.clamp(min=0), bias.clamp(min=0)
+            relevance, lost = hand_on(inputs, weight, bias, at_maxima, epsilon)
+            absorbed += lost
+        else:
+            relevance = spread(at_maxima, torch.ones_like(weight) / weight[0].numel())
+    return relevance, absorbed
+
+
+@over_places
+@over_cases
+def test_composite_equals_the_plain_rules_and_conserves(place: Place, case: Case):
+    """All relevance is in the map or was absorbed by biases and epsilon."""
+    model, volume, target = example(case, 3)
+    expected, absorbed = naive_composite(model, volume, target)
+    found = place.do(partial(lrp, rule="composite"), model, volume, target)
+    assert difference(found, expected) < place.oracle
+    logits = model(volume).gather(1, target[:, None])[:, 0]
+    total = found.flatten(1).sum(1) + absorbed
+    assert (total - logits).abs().max() < max(place.oracle, 1e-9) * found.abs().sum()
+    assert (absorbed.abs() > 0.01 * logits.abs()).any()  # so that it would be missed
+
+
+def test_composite_without_biases_conserves_the_logit():
+    model, volume, target = example(CASES["B"], 2)
+    with torch.no_grad():
+        for conv, norm, _, _ in model.blocks():
+            norm.bias.copy_(
+                (norm.running_mean - conv.bias) * norm.weight / torch.sqrt(norm.running_var + norm.eps)
+            )
+        for linear in model.linears():
+            linear.bias.zero_()
+    logits = model(volume).gather(1, target[:, None])[:, 0]
+    sums = lrp(model, volume, target, rule="composite").flatten(1).sum(1)
+    # epsilon, 1e-6, takes its part of every unit, most of small ones
+    assert ((sums - logits).abs() < 1e-3 * logits.abs()).all()
+
+
+@pytest.mark.parametrize("family", models.FAMILIES)
+def test_composite_at_the_smallest_published_grid(family: str):
+    model, volume = smallest_network(family)
+    expected, _ = naive_composite(model.double(), volume.double(), ONE)
+    check_nearly_equal(lrp(model.float(), volume, ONE, rule="composite"), expected.float())
+
+
+def test_composite_by_hand():
+    """See `network_by_hand`; biases absorb, and every unit of the convolution reads 2 x 2 x 2 voxels.
+
+    Logit 8 = 2 * 6 - 5 + 1: h0 gets 12, h2 gets -5. h0 = 6 = 4 - 5 + 2 * 3 + 1: f0, f1, f2 get 8, -10, 12; h2
+    gives f1 -5 more. f0's maximum is at 000: each of its 8 voxels gets 1. Those of f1 and f2 are at 111: each
+    of those 8 voxels gets (-15 + 12) / 8.
+    """
+    model, volume = network_by_hand()
+    expected = torch.zeros_like(volume)
+    expected[..., :2, :2, :2] += 1
+    expected[..., 1:, 1:, 1:] -= 3 / 8
+    torch.testing.assert_close(
+        lrp(model, volume, ONE, rule="composite"), expected, rtol=0, atol=1e-5
+    )  # epsilon
+
+
+def test_unknown_rule():
+    model, volume, target = example(CASES["one block"], 1)
+    with pytest.raises(ValueError, match="rule: expected beta or composite, got alpha"):
+        lrp(model, volume, target, rule="alpha")

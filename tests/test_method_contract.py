@@ -9,10 +9,13 @@ import torch
 from networks import CASES, arguments, difference, example, over_bad_arguments
 from torch import Tensor, nn
 
-from ggc import guided_gradcam
+import heatmap
+from ggc import gradcam
+from gradient import smoothgrad
 from ig import integrated_gradients
 from lrp import lrp
 from models import CNN3d
+from occlusion import occlusion
 
 
 def ig_from_baseline(model: CNN3d, volume: Tensor, target: Tensor) -> Tensor:
@@ -20,10 +23,13 @@ def ig_from_baseline(model: CNN3d, volume: Tensor, target: Tensor) -> Tensor:
 
 
 METHODS = {
-    "LRP": lrp,
+    **heatmap.METHODS,
+    "LRP composite": partial(lrp, rule="composite"),
     "IG": partial(integrated_gradients, steps=3),
     "IG from a baseline": ig_from_baseline,
-    "GGC": guided_gradcam,
+    "GradCAM of the first block": partial(gradcam, layer=0),
+    "SmoothGrad": partial(smoothgrad, samples=3),
+    "Occlusion": partial(occlusion, size=7, stride=5),
 }
 over_methods = pytest.mark.parametrize("explain", METHODS.values(), ids=METHODS)
 HOOKS = [name for name, value in vars(nn.Module()).items() if "hooks" in name and isinstance(value, dict)]

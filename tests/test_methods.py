@@ -1,41 +1,62 @@
 """methods.py: one table, from which options, records and folders' names follow."""
 
 import json
+import re
+from collections.abc import Callable
 from itertools import product
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from cohorts import contents, load_volume, only_error, read_values
 from networks import CASES, random_network, random_volume
+from torch import Tensor
 
 import heatmap
 import methods
 import utils
-from ggc import guided_gradcam
+from brain_maps import FLOORS
+from ggc import gradcam, guided_gradcam
+from gradient import gradient, input_times_gradient, smoothgrad
 from ig import integrated_gradients
+from internals.errors import InputError
 from lrp import lrp
 from methods import METHODS, Method, Option
+from occlusion import occlusion
 
-FUNCTIONS = {"LRP": lrp, "IG": integrated_gradients, "GGC": guided_gradcam}
+# the published one and options that are not the defaults
+FUNCTIONS: dict[str, tuple[Callable[..., Tensor], dict[str, Any]]] = {
+    "LRP": (lrp, {"beta": 0.0}),
+    "IG": (integrated_gradients, {"steps": 3}),
+    "GGC": (guided_gradcam, {}),
+    "GradCAM": (gradcam, {"layer": 0}),
+    "Gradient": (gradient, {}),
+    "InputXGradient": (input_times_gradient, {}),
+    "SmoothGrad": (smoothgrad, {"samples": 2, "sigma": 0.3}),
+    "Occlusion": (occlusion, {"size": 4.0, "stride": 3.0}),
+}
 
 
-@pytest.mark.parametrize(("name", "options"), [("LRP", {"beta": 0.0}), ("IG", {"steps": 3}), ("GGC", {})])
-def test_entry_is_callable_as_its_function(name, options):
+@pytest.mark.parametrize("name", FUNCTIONS)
+def test_entry_is_callable_as_its_function(name):
+    function, options = FUNCTIONS[name]
     assert heatmap.METHODS.keys() == FUNCTIONS.keys()
-    assert heatmap.METHODS[name].function is FUNCTIONS[name]
+    assert heatmap.METHODS[name].function is function
     case = CASES["one block"]
     model, volume, target = random_network(case), random_volume(case, batch=2), torch.tensor([0, 1])
-    options |= {"baseline": volume[:1]} if METHODS[name].takes_baseline else {}
-    found = METHODS[name](model, volume, target, **options)
-    assert torch.equal(found, FUNCTIONS[name](model, volume, target, **options))
+    needed = {"baseline": volume[:1], "seeds": [5, 7], "voxel_sizes": (1, 2, 1)}
+    options = options | {what: needed[what] for what in METHODS[name].needs}
+    assert torch.equal(
+        METHODS[name](model, volume, target, **options), function(model, volume, target, **options)
+    )
 
 
 def test_sums_that_are_promised():
     logit, baseline = torch.tensor([3.0, -1.0]), torch.tensor([0.5, 2.0])
     sums = {name: method.map_sum for name, method in METHODS.items()}
     found = {name: rule and rule(logit, baseline).tolist() for name, rule in sums.items()}
-    assert found == {"LRP": [3, -1], "IG": [2.5, -3], "GGC": None}
+    assert found == dict.fromkeys(METHODS) | {"LRP": [3, -1], "IG": [2.5, -3]}
 
 
 def helps() -> dict[str, str]:
@@ -44,10 +65,38 @@ def helps() -> dict[str, str]:
     return {part.split()[0]: part for part in words.split(" --")}
 
 
+def test_options_are_as_given_else_their_defaults():
+    assert METHODS["IG"].chosen({"steps": 4, "sigma": 3}) == {"steps": 4, "baseline": "zero"}
+    assert METHODS["LRP"].chosen({}) == {"rule": "beta", "beta": 0.5}
+    assert METHODS["LRP"].chosen({"rule": "composite"}) == {"rule": "composite"}  # which has no beta
+
+
+@pytest.mark.parametrize(
+    ("given", "asked", "wrong"),
+    [
+        ({"steps": 3}, ["LRP", "GGC"], "--steps 3: is an option of IG, which is not asked for"),
+        ({"baseline": "zero"}, ["Gradient"], "--baseline zero: is an option of IG, Occlusion, which is not"),
+        (
+            {"beta": 0.2, "rule": "composite"},
+            ["LRP"],
+            "--beta 0.2: is an option of LRP with --rule beta, which",
+        ),
+    ],
+)
+def test_option_that_no_method_has_is_refused(given, asked, wrong):
+    with pytest.raises(InputError, match=re.escape(wrong)):
+        methods.check_given(given, asked)
+
+
+def test_option_of_one_method_among_several_is_taken():
+    methods.check_given({"steps": 3, "size": 8.0, "beta": 0.2}, ["GGC", "Occlusion", "IG", "LRP"])
+
+
 def test_option_of_two_methods_is_one_option(monkeypatch):
     monkeypatch.setitem(METHODS, "TOY", Method(lrp, (methods.STEPS,)))
     assert "IG, TOY: steps" in helps()["steps"]
     assert METHODS["TOY"].chosen({"steps": 4, "beta": 0.1}) == {"steps": 4}
+    methods.check_given({"steps": 4}, ["TOY"])
 
 
 def test_new_method_is_one_entry(lively_run, csv, tmp_path, monkeypatch, capsys):
@@ -59,11 +108,17 @@ def test_new_method_is_one_entry(lively_run, csv, tmp_path, monkeypatch, capsys)
         return difference * colour * target.view(-1, 1, 1, 1, 1)
 
     colour = Option("colour", 3, "of the toy", utils.bounded(int, at_least=1))
-    summed = Method(toy, (colour,), takes_baseline=True, map_sum=lambda logit, baseline: logit - baseline)
+    kind = Option("kind", "plain", "of the toy, too", choices={"plain": "", "fancy": "-fancy"})
+    summed = Method(
+        lambda *scans, kind, **others: toy(*scans, **others),
+        (colour, kind, methods.BASELINE),
+        needs=("baseline",),
+        map_sum=lambda logit, baseline: logit - baseline,
+    )
     monkeypatch.setitem(METHODS, "TOY", summed)
     assert "TOY" in helps()["method"].split("}")[0]
     assert "TOY: of the toy (default: 3)" in helps()["colour"]
-    assert "IG, TOY: zero" in helps()["baseline"]
+    assert "IG, Occlusion, TOY: zero" in helps()["baseline"]
 
     def explain(*options: str) -> int:
         where = f"--modelpath {lively_run} --outpath {tmp_path} --device cpu --run-folds 1"
@@ -84,13 +139,20 @@ def test_new_method_is_one_entry(lively_run, csv, tmp_path, monkeypatch, capsys)
     assert "colour (7 there, 3 now)" in only_error(capsys.readouterr().err)
     assert contents(tmp_path) == before
 
-    assert explain("--baseline", "controls") == 0
-    assert {path.name for path in tmp_path.iterdir()} == {"TOY", "TOY-controls"}
+    assert explain("--baseline", "controls", "--kind", "fancy") == 0
+    assert {path.name for path in tmp_path.iterdir()} == {"TOY", "TOY-fancy-controls"}
 
 
 def test_folders_of_methods_differ():
-    """Whatever the method, its baseline and its networks are, no maps overwrite others."""
-    networks = product(METHODS, heatmap.NETWORKS, heatmap.BASELINES)
-    names = [heatmap.folder_name(name, {"weights": w, "baseline": b}) for name, w, b in networks]
-    assert len(set(names)) == len(METHODS) * 4
-    assert names[:4] == ["LRP", "LRP-controls", "LRP-random", "LRP-controls-random"]
+    """Whatever the method, its options and its networks are, no maps overwrite others."""
+    names = []
+    for name, method in METHODS.items():
+        choices = [[(option.name, choice) for choice in option.choices] for option in method.options]
+        for chosen in product(*filter(None, choices)):
+            names += [name + method.suffix(dict(chosen)) + floor for floor in ("", *FLOORS.values())]
+    assert (
+        len(set(names)) == len(names) == 3 * (len(METHODS) + 3)
+    )  # IG and Occlusion by baseline, LRP by rule
+    assert names[:6] == [
+        *(f"LRP{rule}{floor}" for rule in ("", "-composite") for floor in ("", "-random", "-permuted"))
+    ]

@@ -1,27 +1,19 @@
 """patterns.py: Gram matrix in pieces, against the dense one. Machines and maps are in test_svm.py."""
 
 import numpy as np
-import pandas as pd
 import pytest
+from cohorts import scans_of, two_groups
 
 import patterns
-from dataset import ScanDataset
+import voxelwise
 
 N, SHAPE = 31, (5, 6, 7)
-LABELS = np.arange(N) % 2
 
 
 @pytest.fixture
 def volumes() -> np.ndarray:
     """Scans, float32 (N, X, Y, Z), of two groups that overlap; one face is the same in all."""
-    values = np.random.default_rng(0).random((N, *SHAPE), np.float32)
-    values[LABELS == 1, 1:3] += 0.1
-    values[:, 0] = 0.5
-    return values
-
-
-def scans_of(volumes: np.ndarray) -> ScanDataset:
-    return ScanDataset(pd.DataFrame({"file": range(N), "label": LABELS}), volumes)
+    return two_groups(N, SHAPE)
 
 
 @pytest.mark.parametrize("block", [1, 2, 7, 10, 30, 31, 100])
@@ -30,8 +22,8 @@ def test_gram_matrix_is_that_of_the_dense_matrix(volumes, monkeypatch, block, st
     mask = np.ptp(volumes, axis=0) > 0
     X = volumes[:, mask].astype(float)
     monkeypatch.setattr(patterns, "STREAMED", streamed)
-    monkeypatch.setattr(patterns, "HELD", (block + streamed) * X.shape[1])
-    monkeypatch.setattr(patterns, "CHUNK", 1000)
+    monkeypatch.setattr(voxelwise, "HELD", (block + streamed) * X.shape[1])
+    monkeypatch.setattr(voxelwise, "CHUNK", 1000)
     assert X.shape[1] % (1000 // min(block, N)) != 0  # a last chunk that is shorter
     found = patterns.gram_matrix(scans_of(volumes), mask)
     assert found.dtype == np.float64
@@ -44,15 +36,6 @@ def test_inner_products_do_not_add_up_in_float32():
     left[0, 0] = 1e2
     exact = float(np.float64(left[0, 0]) ** 2 + 99_999 * np.float64(left[0, 1]) ** 2)
     assert patterns.inner_products(left, left)[0, 0] == pytest.approx(exact, rel=1e-12)
-
-
-@pytest.mark.parametrize("row", [0, 1, N - 1])
-def test_voxels_that_differ_in_one_scan_vary(volumes, row):
-    volumes[row, 0, 0, 0] = 0.25
-    mean, varies = patterns.voxel_statistics(scans_of(volumes))
-    assert np.allclose(mean, volumes.mean(0, dtype=np.float64), rtol=1e-12, atol=0)
-    assert np.array_equal(varies, np.ptp(volumes, axis=0) > 0)
-    assert varies[0, 0, :2].tolist() == [True, False]
 
 
 def test_balanced_accuracy_comes_first_and_roundings_are_ties(monkeypatch):

@@ -166,7 +166,7 @@ def main(argv: list[str] | None = None) -> int:
     results = ResultFolder(folder, FILES, [PART], identity, overwrite=args.overwrite)
     if results.check() and not results.unfinished():
         ranked = read_ranking(folder / "overlap_ranked.csv")
-        if "permuted_dice" in ranked:
+        if {"zero_share", "permuted_dice"} <= set(ranked):
             print(f"{folder}: compared before, kept\n{ranking_text(ranked)}")
             return 0
         results.overwrite = True  # an earlier version's is made again

@@ -27,13 +27,16 @@ import overlap
 import simulate
 import svm
 import train_cv
+import ttest
 
-COMMANDS: dict[str, ModuleType] = {m.__name__: m for m in (train_cv, heatmap, svm, overlap, simulate)}
+MODULES = (train_cv, heatmap, svm, ttest, overlap, simulate)
+COMMANDS: dict[str, ModuleType] = {module.__name__: module for module in MODULES}
 COMPARE = "--maps heatmaps --reference truth.nii --mask mask.nii --smooth 0 --rank-smooth 0"
 GOOD = {  # arguments that work in the good folder
     "train_cv": f"--path data.csv {' '.join(TRAINED)} --workers 0 --outpath out",
     "heatmap": "--method LRP --path data.csv --modelpath models --device cpu --outpath out",
     "svm": "--path data.csv --modelpath models --outpath out",
+    "ttest": "--path data.csv --modelpath none --fold 4 --val-fraction 0.34 --outpath out",
     "overlap": f"{COMPARE} --outpath out",
     "simulate": "--subjects 4 --voxel 4 --outpath out",
 }
@@ -162,6 +165,9 @@ FILES: dict[str, list[tuple]] = {
          "--baseline controls|fold 1 has no controls", "--method IG --baseline controls"),
         ("maps of other options", nothing, f"map.json|save_subjects (True there, False now)|{OUT}",
          "--outpath heatmaps"),
+        ("maps of an earlier version", remove("heatmaps/LRP/map_patients_f1.nii.gz"),
+         "LRP/map_patients_f1.nii.gz: no such file|earlier version|--overwrite",
+         "--outpath heatmaps --save-subjects"),
         ("subjects cut short", cut("heatmaps/LRP/subjects.csv", 3), "LRP/subjects.csv|damaged",
          "--outpath heatmaps --save-subjects"),
     ],
@@ -178,6 +184,13 @@ FILES: dict[str, list[tuple]] = {
         ("--mask where scans do not differ",
          image("other.nii", (np.arange(94) == 0)[:, None, None] * np.ones(SHAPE, np.uint8)),
          "other.nii|the same", "--mask other.nii"),
+    ],
+    "ttest": [
+        ("CSV missing, no run", remove("data.csv"), "data.csv: no such CSV"),
+        ("scan cut short", cut(VICTIM, 1000), f"1 of 12|{VICTIM}|claims"),
+        ("scans all the same", lambda: [image(path, VALUES)() for path, _ in PLAIN], "data.csv|the same"),
+        ("run, too few controls to train on", nothing,
+         "fold 0: a t-test needs 2|1 of label 0", "--modelpath models --fold 2"),
     ],
     "overlap": [
         ("map missing", remove(MAP), f"maps are missing|{MAP}"),
@@ -211,7 +224,9 @@ ROWS += [
 ]
 ROWS += [
     Row(command, f"{option} {name}", spoil, f"other.nii: |{words}", f"{option} other.nii")
-    for command, option in [("svm", "--mask"), ("overlap", "--mask"), ("overlap", "--reference")]
+    for command, option in [
+        ("svm", "--mask"), ("ttest", "--mask"), ("overlap", "--mask"), ("overlap", "--reference")
+    ]
     for name, spoil, words in [
         ("missing", nothing, "no such file"),
         ("all zero", image("other.nii", 0 * BLOCK), f"{option} other.nii: |no voxel"),
@@ -226,7 +241,8 @@ ROWS += [
     Row(command, f"--outpath {name}", *cells)
     for command, record_file, other in [
         ("train_cv", "run.json", "state_dict_f1.pth"), ("heatmap", "LRP/map.json", "LRP/map_f0.nii.gz"),
-        ("svm", "SVM/map.json", "SVM/map_all.nii.gz"), ("overlap", "overlap.json", "overlap.csv"),
+        ("svm", "SVM/map.json", "SVM/map_all.nii.gz"), ("ttest", "TTEST/map.json", "TTEST/map_f0.nii.gz"),
+        ("overlap", "overlap.json", "overlap.csv"),
         ("simulate", "cohort.json", "data.csv"),
     ]
     for name, *cells in [
@@ -259,9 +275,11 @@ NUMBERS = {
     },
     "heatmap": {
         "--fold": "1 2.5", "--batch": "0 2.5", "--run-folds": "-1 2.5", "--seed": "-1 4294967296 2.5",
-        "--steps": "0 2.5", "--beta": "-0.1 100.1",
+        "--steps": "0 2.5", "--beta": "-0.1 100.1", "--samples": "0 2.5", "--sigma": "0 -0.1 nan",
+        "--layer": "2.5 last", "--size": "0 -8 nan", "--stride": "0 -4",
     },
     "svm": {"--C": "0 nan", "--fold": "1 2.5", "--val-fraction": "0 1", "--seed": "-1 4294967296 2.5"},
+    "ttest": {"--fold": "1 2.5", "--val-fraction": "0 1", "--seed": "-1 4294967296 2.5"},
     "overlap": {
         "--reference-threshold": "nan inf", "--smooth": "-0.1 100.1", "--rank-smooth": "-0.1 100.1",
         "--seed": "-1 2.5",
@@ -285,8 +303,16 @@ OPTIONS: dict[str, dict[str, str]] = {  # what is given after the good options, 
         "--cache tape": "--cache|ram|disk", "--cache gpu": "--cache gpu|the device is cpu",
     },
     "heatmap": {
-        "": "--method|required", "--method GradCAM": "--method|'GradCAM'|LRP|IG|GGC",
-        "--baseline controls": "--baseline controls|LRP has no baseline",
+        "": "--method|required", "--method Saliency": "--method|'Saliency'|LRP|IG|GGC",
+        "--method IG GGC IG": "--method: IG is named twice",
+        "--baseline controls": "--baseline controls: is an option of IG, Occlusion, which is not asked for",
+        "--method GGC --steps 5": "--steps 5: is an option of IG, which",
+        "--beta 1 --rule composite": "--beta 1.0: is an option of LRP with --rule beta, which",
+        "--rule z": "--rule|beta|composite",
+        "--method GradCAM --layer 5": "--layer 5|5 blocks, 0 to 4 or -5 to -1",
+        "--method GradCAM LRP --layer -6": "--layer -6|5 blocks",
+        "--method Occlusion --size 1": "--size 1: is smaller than a voxel, whose longest edge is 2 mm",
+        "--method Occlusion --stride 17": "--stride 17: leaves gaps between cubes of 16 mm",
         "--baseline mean": "--baseline|zero|controls",
         "--target 2": "--target|label|predicted", "--weights none": "--weights|trained|random",
         "--model modelB1": f"--model modelB1|{MODEL}", "--fold 3": "--fold 3|2 folds",
@@ -298,6 +324,10 @@ OPTIONS: dict[str, dict[str, str]] = {  # what is given after the good options, 
         "--fold 3": "--fold 3|2", "--split contiguous": "--split contiguous|stratified",
         "--split random": "--split|stratified|contiguous", "--val-fraction 0.5": "--val-fraction 0.5|0.34",
         "--seed 7": "--seed 7|trained with 3",
+    },
+    "ttest": {
+        "--modelpath models": "--fold 4|trained with 2", "--split random": "--split|stratified|contiguous",
+        "--val-fraction 0.01": "--val-fraction 0.01|both labels",
     },
     "overlap": {
         "": "--reference|required", "--maps none": "--maps none|METHOD",
@@ -314,6 +344,7 @@ ROWS += [
 ]
 ROWS += [
     Row("svm", "no --path, no run", nothing, "--modelpath none|--path", "--modelpath none", alone=True),
+    Row("ttest", "no --path, no run", nothing, "--modelpath none|--path", "--modelpath none", alone=True),
     Row("heatmap", "no --path, no record", remove(RECORD), "run.json|--path", "--method LRP", alone=True),
     Row("heatmap", "no --path, CSV of the record gone", record(RECORD, csv="/gone/list.csv"),
         "/gone/list.csv: no such CSV", "--method LRP", alone=True),

@@ -11,7 +11,8 @@ import nibabel as nib
 import numpy as np
 import pandas as pd
 import pytest
-from cohorts import AFFINE, cohort_of, tiny_cohort, voxels, write_csv, write_scan
+import torch
+from cohorts import AFFINE, cohort_of, scans_of, tiny_cohort, two_groups, voxels, write_csv, write_scan
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -342,3 +343,42 @@ def test_validation_and_training_hold_both_labels_or_the_split_is_refused(fracti
     with pytest.raises(InputError) if refused else contextlib.nullcontext():
         folds = dataset.make_folds(table, 3, "stratified", fraction, seed=0)
         assert (folds.groupby(["fold", "role"])["label"].nunique() == 2).all()
+
+
+# Permuted labels ---------------------------------------------------------------------------------
+
+
+def permutable(tmp_path: Path) -> dataset.Cohort:
+    """Forty subjects, half of them with two scans, in two folds; no scan exists."""
+    rows = [(f"{i}.nii", int(i % 40 < 15), f"s{i % 40}") for i in range(60)]
+    csv = write_csv(tmp_path / "data.csv", rows, header="path,label,subject")
+    table = dataset.read_csv(csv)
+    return dataset.Cohort(csv, table, None, dataset.make_folds(table, 2, "stratified", 0.25, 0), 2)  # type: ignore[arg-type]
+
+
+def test_permuted_labels_are_shuffled_within_a_folds_training_and_validation_subjects(tmp_path):
+    cohort = permutable(tmp_path)
+    labels, subjects = cohort.table["label"].to_numpy(), cohort.table["subject"]
+    for fold in range(2):
+        found = cohort.permuted_labels(fold, seed=3)
+        test = cohort.scan_indices(fold, "test")
+        assert found[test].tolist() == labels[test].tolist()
+        for role in ("train", "val"):
+            rows = cohort.scan_indices(fold, role)
+            mine = pd.DataFrame({"before": labels[rows], "after": found[rows], "subject": subjects[rows]})
+            by_subject = mine.groupby("subject")
+            assert (by_subject["after"].nunique() == 1).all()  # a subject's scans go together
+            assert by_subject["before"].max().sum() == by_subject["after"].max().sum()
+            assert mine["before"].tolist() != mine["after"].tolist()
+        assert found.tolist() == cohort.permuted_labels(fold, seed=3).tolist()
+        assert found.tolist() != cohort.permuted_labels(fold, seed=4).tolist()
+    assert cohort.permuted_labels(0, 3).tolist() != cohort.permuted_labels(1, 3).tolist()
+    assert cohort.table["label"].tolist() == labels.tolist()
+
+
+def test_scans_with_other_labels_are_the_same_scans():
+    scans = scans_of(two_groups(6, (3, 4, 5)))
+    other = scans.with_labels(np.array([1, 1, 0, 0, 1, 0]))
+    assert [label for _, label in (other[i] for i in range(6))] == [1, 1, 0, 0, 1, 0]
+    assert [label for _, label in (scans[i] for i in range(6))] == [0, 1, 0, 1, 0, 1]
+    assert all(torch.equal(scans[i][0], other[i][0]) for i in range(6))

@@ -86,7 +86,10 @@ def test_residual_is_relative_to_what_the_map_should_sum_to(baseline):
 def test_real_methods_keep_their_promise(name):
     """LRP up to epsilon and what background absorbs, IG up to its quadrature: of a few percent here."""
     defaults = METHODS[name].chosen({"size": 5.0, "stride": 4.0})
-    residual = explain(METHODS[name], **defaults)[1]["residual"]
+    explainer = Explainer(
+        MODEL, METHODS[name], defaults, {"baseline": None, "voxel_sizes": (1, 1, 1)}, "label"
+    )
+    residual = explainer.explain(SCANS, LABELS, torch.from_numpy(logits(SCANS)), SEEDS)[1]["residual"]
     assert (
         residual.median() < 0.05 if name in ("LRP", "IG") else residual.isna().all()
     )  # others' sums mean nothing

@@ -27,6 +27,7 @@ import simulate
 import svm
 import train_cv
 import training
+import ttest
 from internals import nifti, storage
 from internals.caches import Cache
 from internals.errors import Failure
@@ -40,6 +41,7 @@ COMMANDS: dict[str, tuple[ModuleType, str]] = {  # what fills each place
         "--device cpu",
     ),
     "maps/SVM": (svm, "--modelpath AT/models --outpath AT/maps --C 1"),
+    "ttest": (ttest, "--path CSV --modelpath none --outpath AT/ttest --fold 4 --val-fraction 0.34"),
     "overlap": (
         overlap,
         "--maps AT/maps --outpath AT/overlap --reference AT/truth.nii --mask AT/mask.nii --smooth 0 "

@@ -29,7 +29,7 @@ METHODS = {
     "IG from a baseline": ig_from_baseline,
     "GradCAM of the first block": partial(gradcam, layer=0),
     "SmoothGrad": partial(smoothgrad, samples=3),
-    "Occlusion": partial(occlusion, size=7, stride=5),
+    "Occlusion": partial(occlusion, size=12, stride=10),
 }
 over_methods = pytest.mark.parametrize("explain", METHODS.values(), ids=METHODS)
 HOOKS = [name for name, value in vars(nn.Module()).items() if "hooks" in name and isinstance(value, dict)]

@@ -54,13 +54,14 @@ def captum(model: CNN3d, volume: Tensor, target: Tensor, edge: int, step: int, f
 
 
 @over_cases
-@pytest.mark.parametrize(("edge", "step"), [(6, 4), (5, 5), (11, 7)])
-@pytest.mark.parametrize("filled", [False, True], ids=["zeros", "filled"])
-def test_equals_every_cube_covered_in_turn_and_captum(case: Case, edge: int, step: int, filled: bool):
-    """float64; captum divides by the number of cubes in float32, at 6e-8."""
+@pytest.mark.parametrize("overlap", [0, 2])
+def test_equals_every_cube_covered_in_turn_and_captum(case: Case, overlap: int):
+    """Filled with zeros, and otherwise; captum divides by the number of cubes in float32, at 6e-8."""
     model, volume, target = random_network(case), head_in_zeros(case, 2), mixed_targets(2)
-    filling = 0.5 * volume[:1].flip(2) if filled else torch.zeros_like(volume[:1])
-    found = occlusion(model, volume, target, edge, step, filling if filled else None)
+    edge = min(case.grid) // 2 - 1
+    step = edge - overlap
+    filling = 0.5 * volume[:1].flip(2) if overlap else torch.zeros_like(volume[:1])
+    found = occlusion(model, volume, target, edge, step, filling if overlap else None)
     assert difference(found, naive(model, volume, target, edge, step, filling)) < 1e-10
     expected = captum(model, volume, target, edge, step, filling).double()
     assert difference(found, expected) < 2e-7
@@ -69,18 +70,16 @@ def test_equals_every_cube_covered_in_turn_and_captum(case: Case, edge: int, ste
 @over_places
 def test_on_every_device(place: Place):
     model, volume, target = example(CASES["A three blocks"], 2)
-    expected = naive(model, volume, target, 9, 6, torch.zeros_like(volume[:1]))
-    assert difference(place.do(occlusion, model, volume, target, 9, 6), expected) < place.oracle
+    expected = naive(model, volume, target, 15, 12, torch.zeros_like(volume[:1]))
+    assert difference(place.do(occlusion, model, volume, target, 15, 12), expected) < place.oracle
 
 
 @pytest.mark.parametrize("family", models.FAMILIES)
 def test_smallest_published_grid(family: str):
-    """Of modelA and its like: in float64, as a fall of the logit is a small difference of two numbers."""
     model, volume = smallest_network(family)
-    model, volume = model.double(), volume.double()
     volume[:, :, :, 60:] = 0
     expected = naive(model, volume, ONE, 64, 50, torch.zeros_like(volume))
-    assert difference(occlusion(model, volume, ONE, 64, 50), expected) < 1e-10
+    assert difference(occlusion(model, volume, ONE, 64, 50), expected) < 1e-4  # of sums in float32
 
 
 def test_cubes_are_counted_in_voxels_of_any_shape():

@@ -114,8 +114,9 @@ def read_table(folder: Path, name: str = "overlap.csv") -> pd.DataFrame:
 
 
 def test_record_and_these_files_and_no_others(compared, world):
-    assert set(contents(compared)) == {"overlap.json", "overlap.csv", "overlap_ranked.csv", "overlap.png"}
-    assert (compared / "overlap.png").read_bytes().startswith(b"\x89PNG")
+    assert set(contents(compared)) == {"overlap.json", *overlap.FILES.part}
+    for name in ("overlap.png", "overlap_maps.png"):
+        assert (compared / name).read_bytes().startswith(b"\x89PNG")
     record = json.loads((compared / "overlap.json").read_text())
     options = {"reference_threshold": 0, "rank_smooth": 3, "seed": 0, "smooth": LEVELS, "methods": METHODS}
     options |= {"versions": storage.package_versions(), "finished": ["overlap"]}
@@ -165,7 +166,7 @@ def test_ranking_is_written_and_printed(world, compared, tmp_path, capsys):
     said, ranked = capsys.readouterr().out, read_table(tmp_path, "overlap_ranked.csv").set_index("method")
     assert "no --mask" in said
     assert "3 mm" in said
-    assert said.splitlines()[-1] == f"written to {tmp_path}: overlap.csv, overlap_ranked.csv, overlap.png"
+    assert said.splitlines()[-1] == f"written to {tmp_path}: {', '.join(overlap.FILES.part)}"
     assert ranked["dice"].is_monotonic_decreasing
     assert (ranked["fwhm_mm"] == 3).all()
     assert sorted(ranked.index) == sorted([*METHODS, "edges", "random"])
@@ -215,7 +216,7 @@ def test_zeros_and_the_signs_of_formulas_are_fine(copy, tmp_path):
 
 
 def test_comparison_of_an_earlier_version(world, compared, earlier, capsys):
-    """Kept where all is there; made again where the column zero_share is not. Refused where it is damaged."""
+    """Kept where all is there; made again where a column is not. Refused where it is damaged."""
     mask, file = ["--mask", str(world / "mask.nii.gz")], earlier / "overlap_ranked.csv"
     record = storage.read_json(earlier / "overlap.json")
     del record["finished"]
@@ -224,10 +225,11 @@ def test_comparison_of_an_earlier_version(world, compared, earlier, capsys):
     assert compare(world, earlier, *mask) == 0
     assert "compared before, kept" in capsys.readouterr().out
     assert contents(earlier) == before
-    read_table(earlier, file.name).drop(columns="zero_share").to_csv(file, index=False)
-    assert compare(world, earlier, *mask) == 0
-    assert "compared before" not in capsys.readouterr().out
-    assert contents(earlier) == contents(compared)
+    for column in ("zero_share", "permuted_dice"):
+        read_table(earlier, file.name).drop(columns=column).to_csv(file, index=False)
+        assert compare(world, earlier, *mask) == 0
+        assert "compared before" not in capsys.readouterr().out
+        assert contents(earlier) == contents(compared)
     file.write_text("")
     assert compare(world, earlier, *mask) == 2
     assert f"{file}: cannot be read" in only_error(capsys.readouterr().err)

@@ -13,6 +13,7 @@ from nilearn.image import smooth_img
 from scipy import ndimage
 from sklearn.metrics import average_precision_score, roc_auc_score
 
+from brain_maps import GROUPS
 from overlap_scores import (
     BrainMask,
     add_intervals,
@@ -225,6 +226,7 @@ FOLDS = {
     "B": [0.48, 0.57, 0.38, 0.52, 0.44],  # overlaps with A, and is below it in every fold
     "C": [0.44, 0.60, 0.35, 0.56, 0.40],  # below B on average, but not throughout
     "A-random": [0.20, 0.10, 0.15, 0.12, 0.30],
+    "B-permuted": [0.10, 0.20, 0.30, 0.22, 0.11],
 }
 
 
@@ -266,5 +268,33 @@ def test_gain_over_the_untrained_network_is_paired():
         found = table.loc["A", [name, f"{name}_low", f"{name}_high"]].astype(float)
         assert np.allclose(found, factor * expected)
         assert table.loc[["B", "C", "A-random", "edges"], name].isna().all()
+    assert table["untrained_dice"].dropna().to_dict() == {"A": MEANS["A-random"]}
     found = table.loc["A-random", ["dice_folds_mean", "dice_low", "dice_high"]].astype(float)
     assert np.allclose(found, with_interval(np.array(FOLDS["A-random"])))
+
+
+def test_gain_over_networks_trained_on_permuted_labels_is_one_more_floor():
+    ranked = rank(scored(MEANS | {"B-permuted": 0.62}), 8, 0).set_index("method")
+    gain = np.subtract(FOLDS["B"], FOLDS["B-permuted"])
+    found = ranked.loc["B", ["minus_permuted", "minus_permuted_low", "minus_permuted_high"]].astype(float)
+    assert np.allclose(found, [gain.mean(), *bootstrap_interval(gain, 0)])
+    assert ranked["minus_permuted"].notna().sum() == 1
+    assert ranked["permuted_dice"].dropna().to_dict() == {"B": 0.62}
+    assert ranked["permuted_dice_matched"].dropna().to_dict() == {"B": 0.31}
+    # a floor is not compared with what follows it, nor is anything with a floor
+    assert ranked["than_the_next"].dropna().index.tolist() == ["A", "B"]
+
+
+def test_maps_of_groups_stand_beside_that_of_all():
+    table = scored({"A": 0.8, "B": 0.7})
+    groups = pd.DataFrame({"method": "A", "fold": ["controls", "patients"], "dice": [0.3, 0.6], "fwhm_mm": 8})
+    table = pd.concat([table, groups.assign(dice_matched=[0.2, 0.5])], ignore_index=True)
+    ranked = rank(table, 8, 0).set_index("method")
+    row = ranked.loc[
+        "A", ["controls_dice", "controls_dice_matched", "patients_dice", "patients_dice_matched"]
+    ]
+    assert row.tolist() == [0.3, 0.2, 0.6, 0.5]
+    assert ranked.loc[["B", "edges"], "patients_dice"].isna().all()
+    assert ranked.index.tolist() == ["A", "B", "edges"]
+    again = add_intervals(table[["method", "fold", "fwhm_mm", "dice", "dice_matched"]], 0)
+    assert again.loc[again["fold"].isin(GROUPS), "dice_low"].isna().all()

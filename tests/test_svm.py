@@ -16,11 +16,11 @@ from sklearn.svm import SVC
 import classifier_scores
 import dataset
 import figures
-import patterns
 import runs
 import svm
 import train_cv
 import utils
+import voxelwise
 from internals import storage
 from internals.caches import Cache
 
@@ -204,7 +204,7 @@ def test_predictions_and_metrics(finished, csv):
 
 
 def test_files_lie_where_the_scans_lie(finished, csv):
-    folder, _, (pattern, background, affine, title, path) = finished
+    folder, _, (drawn, background, affine, title, path) = finished
     assert set(contents(folder)) == NAMES
     scan = read_nifti(csv.parent / "scans" / "000.nii")
     for file in sorted(VOLUMES):
@@ -216,7 +216,8 @@ def test_files_lie_where_the_scans_lie(finished, csv):
         assert np.isfinite(read_values(folder / file)).all()
     mean = Dense(csv).scans.mean(0)
     assert np.allclose(read_values(folder / "mean_scan.nii.gz"), mean, rtol=0, atol=2**-24)
-    assert near(pattern, read_values(folder / "map_all.nii.gz"))
+    assert list(drawn) == ["all"]
+    assert near(drawn["all"], read_values(folder / "map_all.nii.gz"))
     assert np.allclose(background, mean, rtol=0, atol=2**-24)
     assert np.array_equal(affine, AFFINE)
     assert title == "SVM: mean activation pattern of 3 folds, 31 scans"
@@ -247,8 +248,8 @@ def mask(tmp_path_factory) -> Path:
 def test_small_blocks_and_many_passes_change_nothing(csv, run, mask, tmp_path, monkeypatch):
     """Seven scans are a block, two folds a pass."""
     dense = Dense(csv, read_values(mask) > 0)
-    monkeypatch.setattr(patterns, "HELD", 11 * np.count_nonzero(dense.mask))
-    monkeypatch.setattr(patterns, "CHUNK", 37)
+    monkeypatch.setattr(voxelwise, "HELD", 11 * np.count_nonzero(dense.mask))
+    monkeypatch.setattr(voxelwise, "CHUNK", 37)
     assert train_svm(run, tmp_path, "--mask", str(mask)) == 0
     check_dense(tmp_path / "SVM", dense, read_table(run / "folds.csv"))
     record = record_of(tmp_path / "SVM")
@@ -305,8 +306,8 @@ def test_validation_scans_choose_c_and_nothing_else(csv, run, tmp_path):
 def test_memory_does_not_grow_with_the_number_of_scans(tmp_path, monkeypatch):
     shape = (48, 49, 50)
     volume = 4 * np.prod(shape)  # bytes of one scan
-    monkeypatch.setattr(patterns, "HELD", 8 * np.prod(shape))
-    monkeypatch.setattr(patterns, "CHUNK", 1000)
+    monkeypatch.setattr(voxelwise, "HELD", 8 * np.prod(shape))
+    monkeypatch.setattr(voxelwise, "CHUNK", 1000)
     in_threads = utils.in_threads  # one thread: scans that are being decoded take memory too
     monkeypatch.setattr(utils, "in_threads", lambda work, items, *_: in_threads(work, items, threads=1))
     peaks = []

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -33,6 +34,7 @@ from interruptions import ends_after
 import classifier_scores
 import dataset
 import figures
+import heatmap
 import models
 import train_cv
 import training
@@ -108,6 +110,7 @@ def test_files_and_record(run, csv):
     assert found["arguments"] == {
         "model": MODEL, "batch": 2, "fold": 2, "lr": 1e-3, "wd": 1e-4, "epochs": 2, "patience": 10,
         "delta": 0, "split": "stratified", "val_fraction": 0.34, "seed": 3, "precision": "fp32",
+        "permute_labels": False,
     }  # fmt: skip
 
 
@@ -220,7 +223,7 @@ def test_second_call_keeps_everything(run_copy, csv, capsys):
 def test_loader_shuffles_training_and_nothing_else(csv):
     cohort = dataset.new_cohort(csv, K, "stratified", 0.34, 3)
     scans = dataset.ScanDataset(cohort.table, np.arange(12, dtype=np.float32).reshape(12, 1, 1, 1))
-    load = train_cv.batches(cohort, scans, batch=2, workers=0, seed=3, device=dataset.CPU)
+    load = train_cv.batches(cohort, lambda fold: scans, batch=2, workers=0, seed=3, device=dataset.CPU)
 
     def order(fold: int, role: str) -> list[list[int]]:
         loader = load(fold, role)
@@ -373,3 +376,70 @@ def test_headerless_csv_and_contiguous_split(csv, tmp_path):
     predictions = read_table(tmp_path / "out" / "predictions.csv")
     assert predictions["path"].tolist() == predictions["subject"].tolist() == [str(path) for path, _ in rows]
     assert predictions["fold"].tolist() == [0] * 5 + [1] * 6  # 11 // 2, the remainder in the last
+
+
+# Permuted labels ---------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def permuted(csv, tmp_path_factory) -> Path:
+    """A run on permuted labels; read only."""
+    folder = tmp_path_factory.mktemp("permuted")
+    assert train(csv, folder, "--permute-labels") == 0
+    return folder
+
+
+def test_permuted_labels_are_what_training_sees_and_tests_do_not(permuted, run, csv, tmp_path, monkeypatch):
+    seen: dict[tuple[int, ...], list[int]] = {}
+    honest = training.train_epoch
+
+    def note(state, loader, precision, name):
+        chosen = loader.dataset
+        seen[tuple(chosen.indices)] = [chosen[i][1] for i in range(len(chosen))]
+        return honest(state, loader, precision, name)
+
+    monkeypatch.setattr(training, "train_epoch", note)
+    assert train(csv, tmp_path, "--permute-labels") == 0
+    cohort = dataset.new_cohort(csv, K, "stratified", 0.34, 3)
+    assert len(seen) == K
+    for fold in range(K):
+        rows = cohort.scan_indices(fold, "train")
+        assert seen[tuple(rows)] == cohort.permuted_labels(fold, 3)[rows].tolist()
+    folds, tests = (pd.read_csv(permuted / name, dtype=str) for name in ("folds.csv", "predictions.csv"))
+    assert folds.equals(pd.read_csv(run / "folds.csv", dtype=str))  # labels as they are
+    assert tests["label"].tolist() == pd.read_csv(run / "predictions.csv", dtype=str)["label"].tolist()
+    assert not same_state(load_state(permuted, 0), load_state(run, 0))
+
+
+def test_run_on_permuted_labels_is_another_run(permuted, run_copy, csv, tmp_path, capsys):
+    """And a record of an earlier version, which does not say so, is of labels as they are."""
+    copy = Path(shutil.copytree(permuted, tmp_path / "copy"))
+    for folder, options, words in (
+        (copy, [], "True there, False now"),
+        (run_copy, ["--permute-labels"], "False there"),
+    ):
+        assert train(csv, folder, *options) == 2
+        assert f"permute_labels ({words}" in only_error(capsys.readouterr().err)
+    record = storage.read_json(run_copy / "run.json")
+    del record["arguments"]["permute_labels"]
+    storage.write_json(record, run_copy / "run.json")
+    assert train(csv, run_copy, "--permute-labels") == 2
+    assert "permute_labels (False there, True now)" in only_error(capsys.readouterr().err)
+    assert train(csv, run_copy) == 0
+    assert "fold 1: finished before, kept" in capsys.readouterr().out
+
+
+def test_maps_of_a_run_on_permuted_labels_say_so(permuted, tmp_path):
+    options = [
+        "--modelpath",
+        str(permuted),
+        "--outpath",
+        str(tmp_path),
+        "--run-folds",
+        "1",
+        "--device",
+        "cpu",
+    ]
+    assert heatmap.main(["--method", "GGC", "Gradient", *options]) == 0
+    assert heatmap.main(["--method", "GGC", "--weights", "random", *options]) == 0
+    assert {path.name for path in tmp_path.iterdir()} == {"GGC-permuted", "Gradient-permuted", "GGC-random"}

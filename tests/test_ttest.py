@@ -5,7 +5,17 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from cohorts import AFFINE, K, contents, only_error, read_nifti, read_table, read_values, write_csv
+from cohorts import (
+    AFFINE,
+    K,
+    contents,
+    only_error,
+    read_nifti,
+    read_values,
+    two_groups,
+    write_csv,
+    write_scan,
+)
 from interruptions import ends_after
 from scipy import stats
 
@@ -18,21 +28,36 @@ from internals import nifti, storage
 FILES = {"map_f0.nii.gz", "map_f1.nii.gz", "map_all.nii.gz", "map_all.png", "mean_scan.nii.gz", "map.json"}
 
 
-def compare(run: Path, outpath: Path, *options: str) -> int:
-    return ttest.main(["--modelpath", str(run), "--outpath", str(outpath), *options])
+SHAPE, FOLDING = (8, 9, 10), ("--fold", str(K), "--val-fraction", "0.3", "--seed", "1")
 
 
 @pytest.fixture(scope="module")
-def done(run, tmp_path_factory) -> Path:
+def csv(tmp_path_factory) -> Path:
+    """Twenty scans of two groups and their CSV; read only."""
+    folder = tmp_path_factory.mktemp("cohort")
+    for number, values in enumerate(two_groups(20, SHAPE)):
+        write_scan(folder / f"scans/{number}.nii.gz", values)
+    rows = [(f"scans/{number}.nii.gz", number % 2) for number in range(20)]
+    return write_csv(folder / "data.csv", rows, header="path,label")
+
+
+def compare(csv: Path, outpath: Path, *options: str) -> int:
+    return ttest.main(
+        ["--path", str(csv), "--modelpath", "none", "--outpath", str(outpath), *FOLDING, *options]
+    )
+
+
+@pytest.fixture(scope="module")
+def done(csv, tmp_path_factory) -> Path:
     """The folder of everything; read only."""
     outpath = tmp_path_factory.mktemp("maps")
-    assert compare(run, outpath) == 0
+    assert compare(csv, outpath) == 0
     return outpath / "TTEST"
 
 
-def t_maps(csv: Path, folds: Path) -> np.ndarray:
+def t_maps(csv: Path) -> np.ndarray:
     """scipy's t of every fold's training patients against its training controls, (K, X, Y, Z)."""
-    table = read_table(folds).query("role == 'train'")
+    table = dataset.make_folds(dataset.read_csv(csv), K, "stratified", 0.3, seed=1).query("role == 'train'")
     maps = []
     for fold in range(K):
         mine = table[table["fold"] == fold]
@@ -57,9 +82,9 @@ def test_welch_equals_scipy(shift):
     assert not found[:5].any()
 
 
-def test_maps_are_those_of_scipy_on_the_training_scans(done, run, csv):
+def test_maps_are_those_of_scipy_on_the_training_scans(done, csv):
     assert set(contents(done)) == FILES
-    expected = t_maps(csv, run / "folds.csv")
+    expected = t_maps(csv)
     largest = np.abs(expected).max()
     for fold in range(K):
         found = read_values(done / f"map_f{fold}.nii.gz")
@@ -73,39 +98,41 @@ def test_maps_are_those_of_scipy_on_the_training_scans(done, run, csv):
     assert record["csv_sha256"] == storage.file_sha256(csv)
 
 
-def test_mask_and_folds_in_several_passes(run, tmp_path, done, monkeypatch):
+def test_mask_and_folds_in_several_passes(csv, tmp_path, done, monkeypatch):
     """However few voxels may be held, the same t; outside the mask, zero."""
     values = np.zeros(read_values(done / "map_all.nii.gz").shape, np.float32)
-    values[20:60, 20:60, 20:60] = 1
+    values[2:6, 2:6, 2:6] = 1
     mask = nifti.load_map(done / "map_all.nii.gz") * 0 + values
     nifti.save_map(mask, read_nifti(done / "map_all.nii.gz").header, tmp_path / "mask.nii.gz")
     monkeypatch.setattr(voxelwise, "HELD", 1)
     monkeypatch.setattr(figures, "draw_map", lambda *given: given[-1].write_bytes(b"picture"))
-    assert compare(run, tmp_path, "--mask", str(tmp_path / "mask.nii.gz")) == 0
+    assert compare(csv, tmp_path, "--mask", str(tmp_path / "mask.nii.gz")) == 0
     for name in ("map_f0.nii.gz", "map_f1.nii.gz", "map_all.nii.gz"):
         found, before = read_values(tmp_path / "TTEST" / name), read_values(done / name)
         assert np.allclose(found, before * values, rtol=1e-6, atol=1e-6)
 
 
-def test_interrupted_maps_start_again_and_finished_ones_are_kept(run, tmp_path, done, monkeypatch, capsys):
+def test_interrupted_maps_start_again_and_finished_ones_are_kept(csv, tmp_path, done, monkeypatch, capsys):
     with monkeypatch.context() as patch:
         ends_after(patch, nifti, "save_map", 2)
-        assert compare(run, tmp_path) == 143
-    assert compare(run, tmp_path) == 0
+        assert compare(csv, tmp_path) == 143
+    assert compare(csv, tmp_path) == 0
     written = contents(tmp_path / "TTEST")
     maps = [name for name in FILES if name.startswith("map_f")]
     assert {name: written[name] for name in maps} == {name: contents(done)[name] for name in maps}
     capsys.readouterr()
-    assert compare(run, tmp_path) == 0
+    assert compare(csv, tmp_path) == 0
     assert "done before, kept" in capsys.readouterr().out
     assert contents(tmp_path / "TTEST") == written
 
 
 def test_too_few_scans_of_a_group_are_one_line(csv, tmp_path, capsys):
-    table = read_table(csv)
-    rows = table[(table["label"] == 0) | (table["label"].cumsum() <= 4)][["path", "label"]].to_numpy()
-    few = write_csv(tmp_path / "few.csv", [(csv.parent / path, label) for path, label in rows])
-    options = ["--fold", "2", "--val-fraction", "0.4", "--path", str(few)]
-    assert compare(tmp_path / "none", tmp_path / "out", *options) == 2
-    assert "a t-test needs 2 training scans of each label, there are" in only_error(capsys.readouterr().err)
+    rows = [(csv.parent / f"scans/{number}.nii.gz", number % 2) for number in (*range(0, 16, 2), 1, 3, 5, 7)]
+    few = write_csv(tmp_path / "few.csv", rows)
+    assert compare(few, tmp_path / "out") == 2
+    said = only_error(capsys.readouterr().err)
+    assert (
+        "fold 0: a t-test needs 2 training scans of each label, there are 3 of label 0 and 1 of label 1"
+        in said
+    )
     assert not (tmp_path / "out").exists()

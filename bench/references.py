@@ -34,6 +34,80 @@ def guided_gradcam(model: CNN3d, volume: Tensor, target: Tensor) -> Tensor:
     return method.attribute(volume, target=target, interpolate_mode="trilinear").detach()
 
 
+def gradcam(model: CNN3d, volume: Tensor, target: Tensor) -> Tensor:
+    """captum's LayerGradCam of the last convolution, upsampled trilinearly."""
+    from captum.attr import LayerGradCam
+
+    model.eval()
+    cam = LayerGradCam(model, model.features[-4]).attribute(volume, target, relu_attributions=True)
+    return F.interpolate(cam.detach(), volume.shape[2:], mode="trilinear")
+
+
+def gradient(model: CNN3d, volume: Tensor, target: Tensor) -> Tensor:
+    """captum's Saliency, signed."""
+    from captum.attr import Saliency
+
+    return Saliency(model.eval()).attribute(volume, target, abs=False).detach()
+
+
+def input_times_gradient(model: CNN3d, volume: Tensor, target: Tensor) -> Tensor:
+    """captum's InputXGradient."""
+    from captum.attr import InputXGradient
+
+    return InputXGradient(model.eval()).attribute(volume, target).detach()
+
+
+def smoothgrad(model: CNN3d, volume: Tensor, target: Tensor, samples: int) -> Tensor:
+    """captum's Saliency at noisy copies, the same ones as ours."""
+    from gradient import noisy_copy
+
+    generator, total = torch.Generator().manual_seed(0), torch.zeros_like(volume)
+    for _ in range(samples):
+        total += gradient(model, noisy_copy(volume[0], generator, 0.1)[None], target)
+    return total / samples
+
+
+def occlusion(model: CNN3d, volume: Tensor, target: Tensor, edge: int) -> Tensor:
+    """captum's Occlusion with cubes side by side, of an edge in voxels."""
+    from captum.attr import Occlusion
+
+    windows = {"sliding_window_shapes": (1, edge, edge, edge), "strides": (1, edge, edge, edge)}
+    with torch.no_grad():
+        return Occlusion(model.eval()).attribute(volume, target=target, **windows)
+
+
+@torch.no_grad()
+def composite_lrp(model: CNN3d, volume: Tensor, target: Tensor, epsilon: float = 1e-6) -> Tensor:
+    """EpsilonPlusFlat at every unit, BatchNorm merged into the convolution before it."""
+    model.eval()
+    values, blocks = volume, []
+    for conv, norm, relu, pool in model.blocks():
+        factor = norm.weight * torch.rsqrt(cast(Tensor, norm.running_var) + norm.eps)
+        weight = conv.weight * factor.view(-1, 1, 1, 1, 1)
+        bias = (cast(Tensor, conv.bias) - cast(Tensor, norm.running_mean)) * factor + norm.bias
+        after = relu(F.conv3d(values, weight, bias))
+        blocks.append((values, weight, bias, after, [cast(int, pool.kernel_size)] * 3))
+        values = pool(after)
+    hidden, output = model.linears()
+    flat = values.flatten(1)
+    units = F.relu(hidden(flat))
+    logits = output(units)
+    relevance = logits * F.one_hot(target, logits.shape[1])
+    for linear, a in ((output, units), (hidden, flat)):
+        z = linear(a)
+        relevance = a * ((relevance / (z + torch.where(z < 0, -epsilon, epsilon))) @ linear.weight)
+    relevance = relevance.view(values.shape)
+    for a, weight, bias, after, window in reversed(blocks):
+        max_indices = F.max_pool3d(after, window, return_indices=True)[1]
+        relevance = F.max_unpool3d(relevance, max_indices, window, output_size=after.shape[2:])
+        if a is volume:
+            relevance = F.conv_transpose3d(relevance, torch.full_like(weight, 1 / weight[0].numel()))
+        else:
+            z = F.conv3d(a, weight.clamp(min=0), bias.clamp(min=0)) + epsilon
+            relevance = a * F.conv_transpose3d(relevance / z, weight.clamp(min=0))
+    return relevance
+
+
 @torch.no_grad()
 def lrp(model: CNN3d, volume: Tensor, target: Tensor, beta: float = 0.5, epsilon: float = 1e-6) -> Tensor:
     """The beta rule with all four terms in every layer, denominators at every unit."""

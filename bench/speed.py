@@ -5,8 +5,10 @@
     python3 bench/speed.py --quick    (97 x 115 x 97 voxels, modelB8)
 
 The references stand in references.py. Every piece of work is done once to warm up and once for the
-clock, but integrated gradients, which is linear in its steps: the reference's 100 steps are 50 times
-two steps, ours the line through 2 and 10 steps. Peak memory is the process's largest resident set on a
+clock, but what is linear in its steps: the reference's 100 steps of integrated gradients are 50 times
+two steps, ours the line through 2 and 10 steps, and so with SmoothGrad's 25 samples. captum's Occlusion runs
+the network once per cube: it is timed with 27 cubes of 80 mm and multiplied, ours is timed with all cubes of
+16 mm; compared are both maps of the large cubes. Peak memory is the process's largest resident set on a
 CPU, PyTorch and the scan included, and torch's largest allocation on a GPU. The difference is the
 largest one between both results, relative to the reference's largest value, and "voxels off" the share
 of voxels that differ by more than 1e-5 of it: float32 rounds two ways of adding up differently, and
@@ -40,9 +42,11 @@ import references
 
 import dataset
 import ggc
+import gradient
 import ig
 import lrp
 import models
+import occlusion
 import selfcheck
 import simulate
 import training
@@ -57,11 +61,20 @@ TARGETS = {  # work: at least so many times faster, at most this share of the me
     "LRP with logits": (4, 0.6),
     "GGC": (4, 0.6),
     "GGC with logits": (3, 0.9),
+    "Gradient": (4, 0.6),
+    "InputXGradient": (4, 0.6),
+    "GradCAM": (4, 0.6),
+    "SmoothGrad, 25 samples": (4, 1),
+    "LRP composite": (4, 0.6),
+    "Occlusion, 16 mm cubes": (5, 1),
     "training step, bf16": (3, 0.6),
     "training step, autocast": (np.nan, np.nan),  # nothing of ours
     "training step, fp32": (1.3, 1),
 }
-STEPS = (2, 10)  # of IG
+STEPS = (2, 10)  # of what is linear in its steps
+REPEATED = {"IG, 100 steps": 100, "IG, 100 steps, other baseline": 100, "SmoothGrad, 25 samples": 25}
+# in mm
+CUBES: dict[str, dict[str, Any]] = {"large": {"size": 80, "stride": 80}, "small": {"size": 16, "stride": 8}}
 READS = 20  # of a scan
 READING = {
     "reading a scan, cache in memory": "ram",
@@ -80,14 +93,43 @@ def explain(work: str, side: str, model: models.CNN3d, volume: Tensor, steps: in
     if ours and work.endswith("with logits"):
         with torch.no_grad():
             model(volume)
-    work = work.removesuffix(" with logits")
-    if work == "LRP":
-        return (lrp.lrp if ours else references.lrp)(model, volume, target)
-    if work == "GGC":
-        return (ggc.guided_gradcam if ours else references.guided_gradcam)(model, volume, target)
-    baseline = volume.flip(2) * 0.5 if "baseline" in work else None
-    integrate = ig.integrated_gradients if ours else references.integrated_gradients
-    return integrate(model, volume, target, steps, baseline)
+    mine, published = MAPS[work.removesuffix(" with logits")]
+    return (mine if ours else published)(model, volume, target, steps)
+
+
+def repeated(function: Callable[..., Tensor], **options: Any) -> Callable[..., Tensor]:
+    """A method that takes the number of its steps last."""
+    return lambda model, volume, target, steps: function(model, volume, target, steps, **options)
+
+
+def single(function: Callable[..., Tensor], **options: Any) -> Callable[..., Tensor]:
+    """A method without steps."""
+    return lambda model, volume, target, steps: function(model, volume, target, **options)
+
+
+def from_baseline(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    """Integrated gradients from the mirrored scan at half its brightness."""
+    return lambda model, volume, target, steps: function(model, volume, target, steps, 0.5 * volume.flip(2))
+
+
+MAPS: dict[str, tuple[Callable[..., Tensor], Callable[..., Tensor]]] = {  # ours and the reference
+    "IG, 100 steps": (repeated(ig.integrated_gradients), repeated(references.integrated_gradients)),
+    "IG, 100 steps, other baseline": (
+        from_baseline(ig.integrated_gradients),
+        from_baseline(references.integrated_gradients),
+    ),
+    "LRP": (single(lrp.lrp), single(references.lrp)),
+    "LRP composite": (single(lrp.lrp, rule="composite"), single(references.composite_lrp)),
+    "GGC": (single(ggc.guided_gradcam), single(references.guided_gradcam)),
+    "GradCAM": (single(ggc.gradcam), single(references.gradcam)),
+    "Gradient": (single(gradient.gradient), single(references.gradient)),
+    "InputXGradient": (single(gradient.input_times_gradient), single(references.input_times_gradient)),
+    "SmoothGrad, 25 samples": (repeated(gradient.smoothgrad), repeated(references.smoothgrad)),
+    "Occlusion, 16 mm cubes": (
+        single(occlusion.occlusion, **CUBES["large"]),
+        single(references.occlusion, edge=CUBES["large"]["size"]),
+    ),
+}
 
 
 def train(work: str, side: str, model: models.CNN3d, volume: Tensor, steps: int) -> Tensor:
@@ -123,17 +165,50 @@ def measure(work: str, side: str, model: models.CNN3d, volume: Tensor) -> tuple[
         selfcheck.synchronise(volume.device)
         return time.perf_counter() - begin, result
 
-    if not work.startswith("IG"):
+    if work.startswith("Occlusion"):
+        few, result = timed(1)
+        return few * cube_ratio(volume) if side == "reference" else time_small_cubes(model, volume), result
+    if work not in REPEATED:
         timed(1)
         return timed(1)
     _, first = timed(1)
     few, result = timed(STEPS[0])
     result = STEPS[0] * result - (first if work == "IG, 100 steps" else 0)
     if side == "reference":
-        return 100 / STEPS[0] * few, result
+        return REPEATED[work] / STEPS[0] * few, result
     many, _ = timed(STEPS[1])
     slope = (many - few) / (STEPS[1] - STEPS[0])
-    return few + (100 - STEPS[0]) * slope, result
+    return few + (REPEATED[work] - STEPS[0]) * slope, result
+
+
+def cube_ratio(volume: Tensor) -> float:
+    """How many passes of the network the small cubes take for one of the large ones, the scan's included.
+
+    A scan of 193 voxels along an axis has voxels of 1 mm, one of 97 voxels of 2 mm.
+    """
+    sizes = voxel_sizes(volume)
+    counts = []
+    for cubes in CUBES.values():
+        edges, steps = occlusion.cube_in_voxels(cubes["size"], cubes["stride"], sizes)
+        starts = [
+            max(-(-(n - e) // s), 0) + 1 for n, e, s in zip(volume.shape[2:], edges, steps, strict=True)
+        ]
+        counts.append(1 + int(np.prod(starts)))
+    return counts[1] / counts[0]
+
+
+def voxel_sizes(volume: Tensor) -> tuple[float, float, float]:
+    """Of a simulated scan, in mm: it spans 193 mm from left to right."""
+    return (float(round(193 / volume.shape[2])),) * 3
+
+
+def time_small_cubes(model: models.CNN3d, volume: Tensor) -> float:
+    """Seconds of the whole map of small cubes."""
+    target = torch.ones(len(volume), dtype=torch.int64, device=volume.device)
+    begin = time.perf_counter()
+    occlusion.occlusion(model, volume, target, **CUBES["small"], voxel_sizes=voxel_sizes(volume))
+    selfcheck.synchronise(volume.device)
+    return time.perf_counter() - begin
 
 
 def peak_memory(device: torch.device) -> int:

@@ -7,7 +7,14 @@ from torch import Tensor
 
 import utils
 from internals.devices import to_memory_format
-from internals.folded import FoldedNetwork, add_at_maxima, bounding_box, transposed_convolution
+from internals.folded import (
+    FoldedBlock,
+    FoldedNetwork,
+    add_at_maxima,
+    bounding_box,
+    max_unpool,
+    transposed_convolution,
+)
 from models import CNN3d, check_arguments, evaluation_mode
 
 
@@ -88,21 +95,68 @@ def smoothgrad(
         raise ValueError(f"seeds: expected {len(volume)}, one per scan, got {len(seeds)}")
     with evaluation_mode(model), torch.no_grad():
         network = FoldedNetwork(model, volume.shape[2:])
-        block = network.blocks[0]
-        generators = [torch.Generator().manual_seed(seed) for seed in seeds]
-        shape = (*volume.shape[:1], len(block.weight), *block.conv_shape(volume.shape[2:]))
-        total = to_memory_format(volume.new_zeros(shape))  # (B, n, X', Y', Z')
+        first = NoisyBlock(network.blocks[0], volume)
+        scans = [NoisyScan(*scan, sigma) for scan in zip(volume, seeds, strict=True)]
         for _ in utils.progress(range(samples), desc="noisy copies", leave=False):
-            copies = torch.stack([noisy_copy(*pair, sigma) for pair in zip(volume, generators, strict=True)])
-            pooled, max_indices = block.convolve_and_pool(copies)
-            add_at_maxima(total, network.pooled_gradient(block.activate(pooled), target), max_indices)
-        return transposed_convolution(total, block.weight) / samples
+            features = first.forward(torch.stack([scan.copy() for scan in scans]))
+            first.add(network.pooled_gradient(features, target))
+        return first.gradient() / samples
 
 
-def noisy_copy(scan: Tensor, generator: torch.Generator, sigma: float) -> Tensor:
-    """A scan (1, X, Y, Z) and normal noise where it is not zero, sigma of its range; drawn on the CPU."""
-    inside = scan != 0
-    noise = torch.randn(int(inside.sum()), generator=generator, dtype=scan.dtype)
-    copy = scan.clone()
-    copy[inside] += sigma * (scan.max() - scan.min()) * noise.to(scan.device)
-    return copy
+class NoisyBlock:
+    """The first block on many copies of scans that differ only inside the head; sums their gradients.
+
+    Around the head all is zero, so that a window's maximum is always its first voxel. Only a box around the
+    head is convolved, and there the maxima move from copy to copy.
+    """
+
+    def __init__(self, block: FoldedBlock, volume: Tensor) -> None:
+        self.block, self.shape = block, block.conv_shape(volume.shape[2:])
+        self.read, self.made = block.propagate_box(bounding_box(volume), volume.shape[2:])
+        self.inside = tuple(slice(axis.start, axis.stop - block.weight.shape[2] + 1) for axis in self.read)
+        channels = (len(volume), len(block.weight))
+        pooled = (edge // block.window for edge in self.shape)
+        self.pooled = to_memory_format(volume.new_zeros(*channels, *pooled))  # zero around the head
+        self.outside = torch.zeros_like(self.pooled)
+        edges = (axis.stop - axis.start for axis in self.inside)
+        self.total = to_memory_format(volume.new_zeros(*channels, *edges))
+
+    def forward(self, copies: Tensor) -> Tensor:
+        """The block's outputs, (B, 1, X, Y, Z) -> (B, n, x, y, z)."""
+        pooled, self.max_indices = self.block.convolve_and_pool(copies[:, :, *self.read])
+        self.pooled[:, :, *self.made] = pooled
+        return self.block.activate(self.pooled)
+
+    def add(self, gradient: Tensor) -> None:
+        """Add the gradient before the ReLU, (B, n, x, y, z), of the copies that came last."""
+        self.outside += gradient
+        add_at_maxima(self.total, gradient[:, :, *self.made], self.max_indices)
+
+    def gradient(self) -> Tensor:
+        """The sum of the gradients at the scans, (B, 1, X, Y, Z)."""
+        self.outside[:, :, *self.made] = 0
+        _, first = self.block.pool(self.total.new_zeros(1, 1, *self.shape))
+        total = max_unpool(self.outside, first.expand_as(self.outside), self.shape)
+        total[:, :, *self.inside] += self.total
+        return transposed_convolution(total, self.block.weight)
+
+
+class NoisyScan:
+    """A scan (1, X, Y, Z), and copies of it with normal noise where it is not zero.
+
+    The noise is drawn on the CPU, so that every device gets the same. Its standard deviation is `sigma` of
+    the scan's range.
+    """
+
+    def __init__(self, scan: Tensor, seed: int, sigma: float) -> None:
+        self.scan = scan.contiguous()
+        self.inside = self.scan.view(-1).nonzero()[:, 0]
+        self.spread = sigma * float(scan.max() - scan.min())
+        self.generator = torch.Generator().manual_seed(seed)
+
+    def copy(self) -> Tensor:
+        """The next copy, (1, X, Y, Z)."""
+        noise = torch.randn(len(self.inside), generator=self.generator, dtype=self.scan.dtype)
+        copy = self.scan.clone()
+        copy.view(-1).index_add_(0, self.inside, noise.to(copy.device), alpha=self.spread)
+        return copy

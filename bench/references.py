@@ -59,11 +59,11 @@ def input_times_gradient(model: CNN3d, volume: Tensor, target: Tensor) -> Tensor
 
 def smoothgrad(model: CNN3d, volume: Tensor, target: Tensor, samples: int) -> Tensor:
     """captum's Saliency at noisy copies, the same ones as ours."""
-    from gradient import noisy_copy
+    from gradient import NoisyScan
 
-    generator, total = torch.Generator().manual_seed(0), torch.zeros_like(volume)
+    noisy, total = NoisyScan(volume[0], 0, 0.1), torch.zeros_like(volume)
     for _ in range(samples):
-        total += gradient(model, noisy_copy(volume[0], generator, 0.1)[None], target)
+        total += gradient(model, noisy.copy()[None], target)
     return total / samples
 
 

@@ -21,7 +21,7 @@ from places import Place, over_places
 from torch import Tensor
 
 import models
-from gradient import gradient, input_times_gradient, noisy_copy, smoothgrad
+from gradient import NoisyScan, gradient, input_times_gradient, smoothgrad
 from models import CNN3d
 
 ONE = torch.tensor([1])
@@ -112,8 +112,8 @@ def test_noise_is_each_scans_own():
 def test_noise_is_normal_where_the_scan_is_not_zero():
     scan = torch.ones(1, 40, 40, 40)
     scan[:, :10], scan[:, 10:20] = 0, 3
-    generator = torch.Generator().manual_seed(1)
-    drawn = [(noisy_copy(scan, generator, 0.2) - scan) / (0.2 * 3) for _ in range(2)]
+    noisy = NoisyScan(scan, 1, 0.2)
+    drawn = [(noisy.copy() - scan) / (0.2 * 3) for _ in range(2)]
     assert drawn[0][:, :10].eq(0).all()
     first, second = (noise[:, 10:] for noise in drawn)
     for noise in (first, second):  # 48,000 draws: five standard errors are 0.023 and 0.016

@@ -210,6 +210,15 @@ def test_folder_of_another_run_is_refused(done):
     assert message.endswith(f"{WAY_OUT} without --run-folds")  # the record is of the others, too
 
 
+def test_what_a_record_of_an_earlier_version_leaves_unsaid_is_implied(done):
+    """An option that is new has the value that it always had."""
+    now = IDENTITY | {"rule": "beta"}
+    assert results_of(done, identity=now, implied={"rule": "beta"}).check()
+    assert "rule (None there, beta now)" in refusal(results_of(done, identity=now))
+    other = results_of(done, identity=now | {"rule": "other"}, implied={"rule": "beta"})
+    assert "rule (beta there, other now)" in refusal(other)
+
+
 @pytest.mark.parametrize(
     "name", ["map_f7.nii", "scans/f0_a.nii", "progress_f0.pth", "table.csv", "map_all.png"]
 )

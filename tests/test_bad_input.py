@@ -248,8 +248,8 @@ ROWS += [
     for name, *cells in [
         ("below a file", write("out", "mine"), "--outpath out/below|out is not a", "--outpath out/below"),
         ("without a record", write(f"out/{other}", "mine"), f"out/{other} is in the way{OUT}"),
-        *[("with a file METHOD", write(f"out/{other[:3]}", ""), f"--outpath out/{other[:3]}|not a folder")]
-        * ("/" in other),
+        *[("with a file METHOD", write(f"out/{method}", ""), f"--outpath out/{method}|not a folder")
+          for method, slash, _ in [other.partition("/")] if slash],
     ]
 ]
 ROWS += [

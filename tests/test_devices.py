@@ -344,24 +344,27 @@ def missing(found: Tensor) -> Tensor:
     raise NotImplementedError("The operator 'aten::max_pool3d_with_indices' is not implemented for MPS")
 
 
-@pytest.mark.parametrize("work", selfcheck.MAPS)
-def test_a_map_that_is_wrong_zero_or_missing_is_found(monkeypatch, work):
-    right, every = selfcheck.MAPS[work], [torch.float32, torch.float64]
-    for change, dtypes, message in (
-        (lambda found: found * 1.2, every[:1], f"wrong values there .{work} off by 0.2"),
-        (torch.zeros_like, every, f"wrong values there .{work} off by nan"),
-        (missing, every[:1], r"cannot run the networks \(The operator .*use --device cpu"),
-    ):
+WRONG: dict[str, tuple[Callable[[Tensor], Tensor], list[torch.dtype], str]] = {  # what, where, and the words
+    "wrong": (lambda found: found * 1.2, [torch.float32], r"wrong values there .{} off by 0.2"),
+    "zero": (torch.zeros_like, [torch.float32, torch.float64], r"wrong values there .{} off by nan"),
+    "missing": (missing, [torch.float32], r"cannot run the networks \(The operator .*use --device cpu"),
+}
 
-        def changed(
-            model: models.CNN3d, volume: Tensor, target: Tensor, change=change, dtypes=dtypes
-        ) -> Tensor:
-            found = right(model, volume, target)
-            return change(found) if volume.dtype in dtypes else found
 
-        monkeypatch.setitem(selfcheck.MAPS, work, changed)
-        with pytest.raises(InputError, match=message):
-            selfcheck.require_correct(CPU)
+@pytest.mark.parametrize(
+    ("work", "fault"),
+    [("LRP", "wrong"), ("IG", "wrong"), ("GGC", "wrong"), ("IG", "zero"), ("GGC", "missing")],
+)
+def test_a_map_that_is_wrong_zero_or_missing_is_found(monkeypatch, work, fault):
+    right, (change, dtypes, message) = selfcheck.MAPS[work], WRONG[fault]
+
+    def changed(model: models.CNN3d, volume: Tensor, target: Tensor) -> Tensor:
+        found = right(model, volume, target)
+        return change(found) if volume.dtype in dtypes else found
+
+    monkeypatch.setitem(selfcheck.MAPS, work, changed)
+    with pytest.raises(InputError, match=message.format(work)):
+        selfcheck.require_correct(CPU)
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])

@@ -20,7 +20,6 @@ from networks import (
 from places import Place, over_places
 from torch import Tensor
 
-import models
 from gradient import NoisyScan, gradient, input_times_gradient, smoothgrad
 from models import CNN3d
 
@@ -76,7 +75,7 @@ def test_smoothgrad_equals_autograd_at_the_same_copies(place: Place, case: Case)
     assert difference(found, naive_smoothgrad(model, volume, target, 3, 0.2, [5, 6])) < place.oracle
 
 
-@pytest.mark.parametrize("family", models.FAMILIES)
+@pytest.mark.parametrize("family", ["B", "C"])
 def test_smallest_published_grid(family: str):
     model, volume = smallest_network(family)
     expected = Saliency(model).attribute(volume, ONE, abs=False).detach()

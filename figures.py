@@ -3,7 +3,7 @@
 import itertools
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import nibabel as nib
 import numpy as np
@@ -16,6 +16,7 @@ from overlap_scores import BrainMask
 # Okabe and Ito's colours, told apart with any kind of colour vision; grey is left to the floors.
 COLOURS = ["#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000"]
 SMOOTHED = 6.0  # mm FWHM, in the picture of a map
+CUTS = 7  # slices in a row
 HATCHES = {"untrained": "////", "permuted": "...."}  # of the floors' bars
 
 
@@ -85,18 +86,17 @@ def draw_map(
     first, *others = maps
     rows = [(first, "z"), (first, "y"), (first, "x"), *((name, "z") for name in others)]
     figure, axes = _rows(len(rows) + 1, title)
+    scan = nib.Nifti1Image(background.astype(np.float32), affine)
     ends = {name: _percentiles(np.abs(values[values != 0]), 97, 99.9) for name, values in maps.items()}
     top = max(high for _, high in ends.values())
     for axis, (name, direction) in zip(axes, rows, strict=False):
-        _draw_slices(axis, name, maps[name], background, affine, direction, 7, ends[name][0], (-top, top))
+        _draw_slices(axis, name, maps[name], scan, Slices(direction, CUTS, ends[name][0], -top, top))
 
     brain = background > 0
     smoothed = np.zeros(background.shape, np.float32)
     smoothed[brain] = BrainMask(brain, affine).smooth(np.abs(maps[first][brain]).astype(np.float32), SMOOTHED)
     low, high = _percentiles(smoothed[brain], 95, 100)
-    _draw_slices(
-        axes[-1], f"|{first}|, {SMOOTHED:g} mm", smoothed, background, affine, "z", 7, low, (0, high)
-    )
+    _draw_slices(axes[-1], f"|{first}|, {SMOOTHED:g} mm", smoothed, scan, Slices("z", CUTS, low, 0, high))
 
     from nilearn.plotting import cm
 
@@ -124,26 +124,26 @@ def _percentiles(values: np.ndarray, low: float, high: float) -> tuple[float, fl
     return below, max(float(above), 2 * below if above <= below else 0.0)
 
 
-def _draw_slices(
-    axis: Any,
-    name: str,
-    values: np.ndarray,
-    background: np.ndarray,
-    affine: np.ndarray,
-    direction: str,
-    cuts: int | Sequence[float],
-    threshold: float | None,
-    limits: tuple[float, float],
-) -> Any:
+class Slices(NamedTuple):
+    """Which slices of a map are drawn, and what of it is seen."""
+
+    direction: str  # "x", "y" or "z"
+    cuts: int | Sequence[float]  # how many slices, or where, in mm
+    threshold: float  # magnitudes above it are seen
+    low: float  # the ends of the colours
+    high: float
+
+
+def _draw_slices(axis: Any, name: str, values: np.ndarray, scan: nib.Nifti1Image, slices: Slices) -> Any:
     """Draw a map over a scan, as a row of slices with its name to the left; returns nilearn's display."""
     from nilearn import plotting
 
-    low, high = limits
-    scan = nib.Nifti1Image(background.astype(np.float32), affine)
+    direction, cuts, _, low, high = slices
+    threshold: float | None = slices.threshold
     shape = {"display_mode": direction, "cut_coords": cuts, "axes": axis, "black_bg": False, "dim": 0}
     if not values.any():  # nilearn takes no map of zeros: the scan stands in, and is not seen
-        values, threshold, low, high, shape["transparency"] = background, None, -1.0, 1.0, 0.0
-    image = nib.Nifti1Image(values.astype(np.float32), affine)
+        values, threshold, low, high, shape["transparency"] = scan.get_fdata(), None, -1.0, 1.0, 0.0
+    image = nib.Nifti1Image(values.astype(np.float32), scan.affine)
     look = {"cmap": "cold_hot" if low < 0 else "hot", "symmetric_cbar": low < 0, "colorbar": False}
     display = plotting.plot_stat_map(image, scan, threshold=threshold, vmin=low, vmax=high, **look, **shape)
     place = axis.get_position()
@@ -156,8 +156,7 @@ def draw_overlap_maps(
     maps: Mapping[str, np.ndarray],
     reference: np.ndarray,
     brain: np.ndarray,
-    background: np.ndarray,
-    affine: np.ndarray,
+    scan: nib.Nifti1Image,
     title: str,
     path: Path,
 ) -> None:
@@ -167,8 +166,7 @@ def draw_overlap_maps(
         maps: by the words to write beside them, (V,) >= 0 each, at the voxels of the brain.
         reference: (V,) bool.
         brain: (X, Y, Z) bool.
-        background: (X, Y, Z) scan.
-        affine: (4, 4), voxel to mm.
+        scan: what they are drawn over.
         title: written over the figure.
         path: the PNG to write.
     """
@@ -178,16 +176,15 @@ def draw_overlap_maps(
         volume[brain] = values
         return volume
 
-    outline = unmasked(reference)
-    heights = np.unique(nib.affines.apply_affine(affine, np.argwhere(outline))[:, 2])
-    cuts = heights[np.unique(np.linspace(0, len(heights) - 1, 9).round().astype(int)[1:-1])]
+    outline = nib.Nifti1Image(unmasked(reference), scan.affine)
+    heights = np.unique(nib.affines.apply_affine(scan.affine, np.argwhere(outline.get_fdata()))[:, 2])
+    cuts = heights[np.unique(np.linspace(0, len(heights) - 1, CUTS + 2).round().astype(int)[1:-1])]
     figure, axes = _rows(len(maps), title)
-    size = int(reference.sum())
+    percent = 100 * (1 - reference.mean())
     for axis, (name, values) in zip(axes, maps.items(), strict=True):
-        low, high = _percentiles(values, 100 * (1 - size / len(values)), 100)
-        display = _draw_slices(axis, name, unmasked(values), background, affine, "z", cuts, low, (0, high))
-        image = nib.Nifti1Image(outline, affine)
-        display.add_contours(image, levels=[0.5], colors="#56B4E9", linewidths=1.2)
+        low, high = _percentiles(values, percent, 100)
+        display = _draw_slices(axis, name, unmasked(values), scan, Slices("z", cuts, low, 0, high))
+        display.add_contours(outline, levels=[0.5], colors="#56B4E9", linewidths=1.2)
     _save(figure, path, dpi=110)
 
 

@@ -13,6 +13,7 @@ import sys
 from collections.abc import Mapping
 from pathlib import Path
 
+import nibabel as nib
 import numpy as np
 import pandas as pd
 from scipy import ndimage
@@ -23,7 +24,6 @@ import utils
 from brain_maps import Maps
 from internals import storage
 from internals.errors import InputError
-from internals.nifti import Grid
 from internals.results import Files, ResultFolder
 from overlap_scores import (
     THRESHOLDS,
@@ -130,20 +130,16 @@ def draw_maps(
     ranked: pd.DataFrame,
     reference: np.ndarray,
     inside: np.ndarray,
-    scan: np.ndarray,
-    grid: Grid,
+    scan: nib.Nifti1Image,
     file: Path,
 ) -> None:
     """Draw the smoothed mean maps in the order of the ranking, each with its Dice."""
     rows = ranked[ranked["method"].isin(set(means) - {"edges"})]
-    maps = {
-        f"{name}\nDice {dice:.2f}": means[name]
-        for name, dice in zip(rows["method"], rows["dice"], strict=True)
-    }
-    title = (
-        f"|map| smoothed with {rows['fwhm_mm'].iloc[0]:g} mm: as many voxels as the reference has (outlined)"
-    )
-    figures.draw_overlap_maps(maps, reference, inside, scan, grid.affine, title, file)
+    pairs = zip(rows["method"], rows["dice"], strict=True)
+    maps = {f"{name}\nDice {dice:.2f}": means[name] for name, dice in pairs}
+    fwhm = f"{rows['fwhm_mm'].iloc[0]:g} mm"
+    title = f"|map| smoothed with {fwhm}: as many voxels as the reference has, which is outlined"
+    figures.draw_overlap_maps(maps, reference, inside, scan, title, file)
 
 
 @utils.command("the comparison is not finished; the same command starts again")
@@ -185,7 +181,8 @@ def main(argv: list[str] | None = None) -> int:
             storage.write_csv(table, folder / "overlap.csv")
             storage.write_csv(ranked, folder / "overlap_ranked.csv")
             figures.draw_overlap(table, ranked, curves, folder / "overlap.png")
-            draw_maps(means, ranked, reference, inside, scan, grid, folder / "overlap_maps.png")
+            image = nib.Nifti1Image(scan, grid.affine)
+            draw_maps(means, ranked, reference, inside, image, folder / "overlap_maps.png")
             results.finish(PART)
     print(
         f"|map| smoothed with {args.rank_smooth:g} mm FWHM, best of {THRESHOLDS} thresholds, "

@@ -3,6 +3,7 @@
 import warnings
 from pathlib import Path
 
+import nibabel as nib
 import numpy as np
 import pytest
 from cohorts import AFFINE, contents
@@ -33,5 +34,6 @@ def test_maps_are_drawn_under_the_outline_of_a_reference(tmp_path):
     reference = np.zeros(SHAPE, bool)
     reference[4:9, 5:9, 6:12] = True
     values = {"LRP": SCAN[brain], "zero": np.zeros(brain.sum())}
-    figures.draw_overlap_maps(values, reference[brain], brain, SCAN, AFFINE, "title", tmp_path / "map.png")
+    scan = nib.Nifti1Image(SCAN, AFFINE)
+    figures.draw_overlap_maps(values, reference[brain], brain, scan, "title", tmp_path / "map.png")
     check_picture(tmp_path)

@@ -373,6 +373,14 @@ def test_second_call_keeps_everything(copy, lively_run, maps, counted, capsys):
     assert lines[-1] == f"written to {copy}: map_all.nii.gz, map_all.png, map_f*.nii.gz, subjects.csv"
 
 
+def test_record_that_knows_fewer_options_is_of_their_defaults(copy, lively_run, capsys):
+    """As one of an earlier version, which had no --rule."""
+    options = {name: value for name, value in read_record(copy)["options"].items() if name != "rule"}
+    edit_record(copy, options=options)
+    assert explain("LRP", lively_run, copy.parent, "--save-subjects", "--rule", "beta") == 0
+    assert "LRP fold 1: finished before, kept" in capsys.readouterr().out
+
+
 # after: a few scans; all scans of the second fold, before anything of it is written; the rows of the first,
 # before the record says that it is finished; the means
 MOMENTS = [(nifti, "save_map", 3, []), (explaining, "explain_scans", 2, [0])]

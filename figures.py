@@ -72,8 +72,9 @@ def draw_map(
 ) -> None:
     """Draw signed maps over a scan, and the first one's magnitude smoothed, as people compare maps (PNG).
 
-    Shown are the largest 3 % of a signed map's voxels, as they are; the colours end at the 99.9th percentile
-    of all of them. Of the smoothed magnitude the largest 5 % of the brain are shown.
+    Shown is what lies in the brain, where the scan is above 0: the largest 3 % of a signed map's voxels, as
+    they are, with colours that end at the 99.9th percentile of all of them; of the smoothed magnitude the
+    largest 5 %.
 
     Args:
         maps: by name, (X, Y, Z) each, signed; the first as axial, coronal and sagittal slices, others axial.
@@ -83,7 +84,8 @@ def draw_map(
         path: the PNG to write.
     """
     plt = _pyplot()
-    first, *others = maps
+    brain, (first, *others) = background > 0, maps
+    maps = {name: np.where(brain, values, 0) for name, values in maps.items()}
     rows = [(first, "z"), (first, "y"), (first, "x"), *((name, "z") for name in others)]
     figure, axes = _rows(len(rows) + 1, title)
     scan = nib.Nifti1Image(background.astype(np.float32), affine)
@@ -92,7 +94,6 @@ def draw_map(
     for axis, (name, direction) in zip(axes, rows, strict=False):
         _draw_slices(axis, name, maps[name], scan, Slices(direction, CUTS, ends[name][0], -top, top))
 
-    brain = background > 0
     smoothed = np.zeros(background.shape, np.float32)
     smoothed[brain] = BrainMask(brain, affine).smooth(np.abs(maps[first][brain]).astype(np.float32), SMOOTHED)
     low, high = _percentiles(smoothed[brain], 95, 100)
@@ -101,7 +102,7 @@ def draw_map(
     from nilearn.plotting import cm
 
     colours = plt.cm.ScalarMappable(plt.Normalize(-top, top), cm.cold_hot)
-    bar = figure.add_axes((0.93, 0.45, 0.015, 0.4))
+    bar = figure.add_axes((0.945, 0.45, 0.015, 0.4))
     bar.set_title("attribution", fontsize=10)
     figure.colorbar(colours, cax=bar).formatter.set_powerlimits((-2, 2))
     _save(figure, path, dpi=110)

@@ -105,6 +105,16 @@ def check_residual(table: pd.DataFrame, wanted: np.ndarray) -> None:
     assert np.allclose(table["residual"], residual, rtol=1e-4, atol=2e-6 / np.abs(wanted).min())
 
 
+def check_groups(folder: Path, table: pd.DataFrame) -> None:
+    """The maps of one label's scans are the mean of them all, whatever their folds."""
+    files = [values for fold in sorted(set(table["fold"])) for values in subject_maps(folder, table, fold)]
+    for group, label in (("controls", 0), ("patients", 1)):
+        chosen = [values for values, truth in zip(files, table["label"], strict=True) if truth == label]
+        found = read_values(folder / f"map_{group}.nii.gz")
+        # the folds' means were rounded to float32 before
+        assert np.allclose(found, np.mean(chosen, axis=0), rtol=1e-5, atol=1e-6 * np.abs(found).max())
+
+
 over_methods = pytest.mark.parametrize("method", METHODS)
 
 
@@ -129,12 +139,7 @@ def test_files_lie_where_the_scans_lie_and_maps_are_means(maps, csv, method):
         mean = np.mean(subject_maps(maps / method, table, fold), axis=0)
         assert equal_in_float32(read_values(maps / method / f"map_f{fold}.nii.gz"), mean)
         assert np.ptp(mean) > 0
-    for group, label in (("controls", 0), ("patients", 1)):
-        files = [values for fold in range(K) for values in subject_maps(maps / method, table, fold)]
-        chosen = [values for values, truth in zip(files, table["label"], strict=True) if truth == label]
-        # the mean of all its scans, whatever their folds; the folds' means were rounded to float32 before
-        found = read_values(maps / method / f"map_{group}.nii.gz")
-        assert np.allclose(found, np.mean(chosen, axis=0), rtol=1e-5, atol=1e-6 * np.abs(found).max())
+    check_groups(maps / method, table)
     check_map_all(maps / method)
     scans = [dataset.read_scan(path).astype(float) for path in sorted((csv.parent / "scans").iterdir())]
     found = read_values(maps / method / "mean_scan.nii.gz")
@@ -592,8 +597,11 @@ def test_published_checkpoints_use_the_published_blocks(lively_run, csv, tmp_pat
     (tmp_path / "again.nii").symlink_to(csv.parent / "scans" / "001.nii")
     scans = [str(csv.parent / f"scans/{i:03d}.nii") for i in range(12)]
     plain = write_csv(tmp_path / "plain.csv", [("again.nii", 1), *zip(scans, LABELS, strict=True)])
-    assert explain("LRP", weights, tmp_path, *given, str(plain)) == 0
+    assert explain("LRP", weights, tmp_path, *given, str(plain), "--save-subjects") == 0
     table = read_table(tmp_path / "LRP" / "subjects.csv")
+    counts = table[table["label"] == 1].groupby("fold").size()
+    assert counts.nunique() > 1  # so that a mean of the folds' means would show
+    check_groups(tmp_path / "LRP", table)
     assert table["fold"].tolist() == [0] * 4 + [1] * 4 + [2] * 5  # 13 // 3, the remainder in the last
     assert table["path"].tolist() == table["subject"].tolist() == ["again.nii", *scans]
     assert table["label"].tolist() == [1, *LABELS]

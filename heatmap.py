@@ -73,7 +73,8 @@ def get_parser() -> argparse.ArgumentParser:
     parser = utils.ArgumentParser(__doc__)
     number, whole = utils.bounded(int, at_least=0), utils.bounded(int, at_least=1)
     add = parser.add_argument
-    add("--method", choices=METHODS, nargs="+", required=True, help="how the networks are explained")
+    names = f"how the networks are explained: {', '.join(METHODS)}"
+    add("--method", choices=METHODS, nargs="+", required=True, metavar="METHOD", help=names)
     add("--path", type=Path, metavar="CSV", help="list of scans (default: the run's)")
     add("--modelpath", type=Path, default=Path("models"), metavar="DIR", help="output of train_cv.py")
     add("--model", help="family A-D and number of filters (default: the run's)")

@@ -39,7 +39,8 @@ class _HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescrip
     """Shows the docstring as it is written, and defaults where there are any."""
 
     def _get_help_string(self, action: argparse.Action) -> str | None:
-        return action.help if action.default in (None, False) else super()._get_help_string(action)
+        unsaid = action.default is None or action.default is False  # 0 is said
+        return action.help if unsaid else super()._get_help_string(action)
 
 
 def bounded(

@@ -20,7 +20,12 @@ def test_parser_mistakes_are_input_errors():
     for argv, word in [(["--batch", "0"], "--batch"), (["--other"], "--other"), (["--bat", "3"], "--bat")]:
         with pytest.raises(InputError, match=word):
             parser.parse_args(argv)
-    assert "(default: 5)" in parser.format_help()
+    parser.add_argument("--delta", default=0, help="smallest fall")
+    parser.add_argument("--flag", action="store_true", help="off unless given")
+    said = parser.format_help()
+    assert "(default: 5)" in said
+    assert "(default: 0)" in said
+    assert said.count("default") == 2
 
 
 @pytest.mark.parametrize(

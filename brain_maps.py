@@ -194,6 +194,13 @@ def _resample(values: np.ndarray, affine: np.ndarray, like: Grid) -> np.ndarray:
         return np.zeros((*like.shape, values.shape[-1]))
 
 
+def unmask(values: np.ndarray, mask: np.ndarray) -> np.ndarray:
+    """Put voxels (V,) back where they are from, zero elsewhere: float64 (X, Y, Z)."""
+    volume = np.zeros(mask.shape)
+    volume[mask] = values
+    return volume
+
+
 def read_maps(files: Mapping[tuple[str, str], Path], brain: np.ndarray, grid: Grid) -> Maps:
     """The magnitude of every map at the voxels of the brain, float32."""
     maps: Maps = {}

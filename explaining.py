@@ -1,4 +1,4 @@
-"""How scans are explained: which logit, what a map should sum to, the mean map of a fold."""
+"""How scans are explained: which logit, what a map should sum to, the mean maps of a fold."""
 
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence, Sized

@@ -9,7 +9,7 @@ import nibabel as nib
 import numpy as np
 import pandas as pd
 
-from brain_maps import FLOORS
+from brain_maps import FLOORS, unmask
 from internals import storage
 from overlap_scores import BrainMask
 
@@ -17,7 +17,8 @@ from overlap_scores import BrainMask
 COLOURS = ["#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000"]
 SMOOTHED = 6.0  # mm FWHM, in the picture of a map
 CUTS = 7  # slices in a row
-HATCHES = {"untrained": "////", "permuted": "...."}  # of the floors' bars
+# of the floors' bars, and what they are called
+HATCHES = {"untrained": ("////", "untrained network"), "permuted": ("....", "trained on permuted labels")}
 
 
 def _pyplot() -> Any:
@@ -94,10 +95,10 @@ def draw_map(
     for axis, (name, direction) in zip(axes, rows, strict=False):
         _draw_slices(axis, name, maps[name], scan, Slices(direction, CUTS, ends[name][0], -top, top))
 
-    smoothed = np.zeros(background.shape, np.float32)
-    smoothed[brain] = BrainMask(brain, affine).smooth(np.abs(maps[first][brain]).astype(np.float32), SMOOTHED)
-    low, high = _percentiles(smoothed[brain], 95, 100)
-    _draw_slices(axes[-1], f"|{first}|, {SMOOTHED:g} mm", smoothed, scan, Slices("z", CUTS, low, 0, high))
+    smoothed = BrainMask(brain, affine).smooth(np.abs(maps[first][brain]).astype(np.float32), SMOOTHED)
+    low, high = _percentiles(smoothed, 95, 100)
+    seen = Slices("z", CUTS, low, 0, high)
+    _draw_slices(axes[-1], f"|{first}|, {SMOOTHED:g} mm", unmask(smoothed, brain), scan, seen)
 
     from nilearn.plotting import cm
 
@@ -171,20 +172,14 @@ def draw_overlap_maps(
         title: written over the figure.
         path: the PNG to write.
     """
-
-    def unmasked(values: np.ndarray) -> np.ndarray:
-        volume = np.zeros(brain.shape, np.float32)
-        volume[brain] = values
-        return volume
-
-    outline = nib.Nifti1Image(unmasked(reference), scan.affine)
+    outline = nib.Nifti1Image(unmask(reference, brain).astype(np.float32), scan.affine)
     heights = np.unique(nib.affines.apply_affine(scan.affine, np.argwhere(outline.get_fdata()))[:, 2])
     cuts = heights[np.unique(np.linspace(0, len(heights) - 1, CUTS + 2).round().astype(int)[1:-1])]
     figure, axes = _rows(len(maps), title)
     percent = 100 * (1 - reference.mean())
     for axis, (name, values) in zip(axes, maps.items(), strict=True):
         low, high = _percentiles(values, percent, 100)
-        display = _draw_slices(axis, name, unmasked(values), scan, Slices("z", cuts, low, 0, high))
+        display = _draw_slices(axis, name, unmask(values, brain), scan, Slices("z", cuts, low, 0, high))
         display.add_contours(outline, levels=[0.5], colors="#56B4E9", linewidths=1.2)
     _save(figure, path, dpi=110)
 
@@ -243,13 +238,12 @@ def _draw_smoothing(axis: Any, table: pd.DataFrame, styles: dict[str, Any]) -> N
 
 def _draw_bars(axis: Any, names: list[str], ranked: pd.DataFrame, styles: dict[str, Any]) -> None:
     """Best Dice of the mean map of each METHOD and of its floors, and of single folds."""
-    looks = {suffix: {"facecolor": "white", "hatch": HATCHES[floor]} for floor, suffix in FLOORS.items()}
+    looks = {FLOORS[floor]: {"facecolor": "white", "hatch": hatch} for floor, (hatch, _) in HATCHES.items()}
     for place, method in enumerate(names):
-        bars = [suffix for suffix in ("", *FLOORS) if method + FLOORS.get(suffix, "") in ranked.index]
+        bars = [suffix for suffix in ("", *looks) if method + suffix in ranked.index]
         width = 0.8 / max(len(bars), 2)
         offsets = width * (np.arange(len(bars)) - (len(bars) - 1) / 2)
-        for floor, x in zip(bars, place + offsets, strict=True):
-            suffix = FLOORS.get(floor, "")
+        for suffix, x in zip(bars, place + offsets, strict=True):
             row, colour = ranked.loc[method + suffix], styles[method]["color"]
             look = looks[suffix] if suffix else {"facecolor": colour, "alpha": 0.75}
             axis.bar(x, row["dice"], 0.9 * width, edgecolor=colour, **look)
@@ -257,10 +251,9 @@ def _draw_bars(axis: Any, names: list[str], ranked: pd.DataFrame, styles: dict[s
             low, mean, high = row["dice_low"], row["dice_folds_mean"], row["dice_high"]
             label, ends = "single folds: mean, 95 % interval", [[mean - low], [high - mean]]
             axis.errorbar(x, mean, ends, fmt="o", color="black", markersize=3, capsize=3, lw=1, label=label)
-    words = {"untrained": "untrained network", "permuted": "trained on permuted labels"}
-    for floor, suffix in FLOORS.items():
-        if any(name.endswith(suffix) for name in ranked.index):
-            axis.bar(0, 0, edgecolor="0.35", label=words[floor], **looks[suffix])
+    for floor, (_, words) in HATCHES.items():
+        if any(name.endswith(FLOORS[floor]) for name in ranked.index):
+            axis.bar(0, 0, edgecolor="0.35", label=words, **looks[FLOORS[floor]])
     axis.axhline(ranked.loc["edges", "dice"], **styles["edges"])
     axis.set_xticks(range(len(names)), names, rotation=30, ha="right")
     axis.set_title(f"C   best threshold, {ranked['fwhm_mm'].iloc[0]:g} mm FWHM", loc="left")

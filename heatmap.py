@@ -15,7 +15,7 @@ import re
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -186,6 +186,8 @@ class FoldMaps:
         with self.results.at_work(about) as missing:
             utils.say_kept(chosen, missing, f"{self.name} ")
             update_subjects(self.results, missing)
+            if self.options["save_subjects"]:
+                storage.make_folder(self.results.path / "subjects")
             yield missing
 
     def explainer(self, fold: int, model: CNN3d) -> Explainer:
@@ -201,7 +203,6 @@ class FoldMaps:
     def keep(self, fold: int, row: int, values: np.ndarray) -> None:
         """Write the map of one scan, if asked to."""
         if self.options["save_subjects"]:
-            storage.make_folder(self.results.path / "subjects")
             self._save(values, subject_name(fold, row, self.cohort.table["path"][row]))
 
     def finish(self, fold: int, means: MeanMaps, found: pd.DataFrame, device: torch.device) -> None:
@@ -216,7 +217,7 @@ class FoldMaps:
         update_subjects(self.results, [fold], table)
         self.results.finish(fold, **facts(table, device))
 
-    def average(self, model: str) -> None:
+    def average(self, model: str, background: np.ndarray) -> None:
         """Write the mean of the fold means, those of the groups, the mean scan, and the picture of all."""
         cohort, k = self.cohort, self.cohort.k
         maps = {"all": self._mean({f"map_f{fold}": 1 for fold in range(k)})}
@@ -226,7 +227,6 @@ class FoldMaps:
                 maps[group] = self._mean({f"map_{group}_f{fold}": n for fold, n in enumerate(counts) if n})
         for name, values in maps.items():
             self._save(values, f"map_{name}")
-        background = self.scans.mean(range(len(self.scans)))
         self._save(background, "mean_scan")
         title = f"{self.name}, {model}: mean of {k} folds, {len(cohort.table)} test scans"
         figures.draw_map(maps, background, cohort.grid.affine, title, self.results.path / "map_all.png")
@@ -379,10 +379,11 @@ def main(argv: list[str] | None = None) -> int:
             lacking = [each for each, folds in zip(maps, missing, strict=True) if fold in folds]
             if lacking:
                 explain_fold(fold, networks.load(fold, scans, device), lacking, args.batch, args.seed)
+        mean_scan = cache(lambda: scans.mean(range(len(scans))))  # read once, whatever the methods
         for each in maps:
             with each.results.summary() as due:
                 if due:
-                    each.average(run.model)
+                    each.average(run.model, mean_scan())
             report(each.results)
     return 0
 

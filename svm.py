@@ -16,6 +16,7 @@ import numpy as np
 import pandas as pd
 from scipy.special import expit
 
+import brain_maps
 import classifier_scores
 import patterns
 import runs
@@ -23,7 +24,6 @@ import utils
 import voxelwise
 from dataset import Cohort, ScanDataset
 from internals import nifti, process, storage
-from internals.caches import Cache
 from internals.results import Files, ResultFolder
 from patterns import Fit, LinearSVM
 
@@ -99,12 +99,12 @@ def write_maps(
         sums = voxelwise.weighted_sums(np.stack(rows), scans, voxels)  # (2 F, V)
         for fold, maps in zip(folds, sums.reshape(len(folds), 2, -1), strict=True):
             for name, values in zip(FILES.part, maps, strict=True):
-                volume = voxelwise.unmask(values, voxels)
+                volume = brain_maps.unmask(values, voxels)
                 nifti.save_map(volume, cohort.grid.header, results.path / name.format(fold))
             results.finish(fold, C_per_fold=svms[fold].C, intercept_per_fold=svms[fold].intercept)
             mean += maps[0] / cohort.k
         del sums, maps, values, volume  # before the next ones are made
-    return voxelwise.unmask(mean, voxels)
+    return brain_maps.unmask(mean, voxels)
 
 
 def report(predictions: pd.DataFrame, seed: int, folder: Path) -> None:
@@ -130,10 +130,8 @@ def main(argv: list[str] | None = None) -> int:
     if results.is_finished():
         print(f"{folder}: done before, kept")
         return 0
-    scans = cohort.open_scans(Cache("reuse", args.modelpath / "cache"))
-    mean_scan, varies = voxelwise.voxel_statistics(scans)
-    voxels = voxelwise.choose_voxels(varies, mask, args.mask or cohort.csv)
-    print(f"voxels: {np.count_nonzero(voxels)} of {voxels.size}")
+    source = args.mask or cohort.csv
+    scans, mean_scan, voxels = voxelwise.open_voxels(cohort, mask, source, args.modelpath)
 
     about = voxelwise.describe(cohort.csv, args.modelpath, args.mask)
     work = f"{len(scans)} scans of {np.count_nonzero(voxels)} voxels"

@@ -12,12 +12,12 @@ import sys
 
 import numpy as np
 
+import brain_maps
 import runs
 import utils
 import voxelwise
 from dataset import Cohort, ScanDataset
 from internals import nifti, process, storage
-from internals.caches import Cache
 from internals.errors import InputError
 from internals.results import Files, ResultFolder
 
@@ -79,12 +79,12 @@ def write_maps(cohort: Cohort, scans: ScanDataset, voxels: np.ndarray, results: 
         sums, counts = sums.reshape(2, len(folds), 2, -1), members.sum(2)
         for number, fold in enumerate(folds):
             values = welch_t(sums[0, number], sums[1, number], counts[number])
-            volume = voxelwise.unmask(values, voxels)
+            volume = brain_maps.unmask(values, voxels)
             nifti.save_map(volume, cohort.grid.header, results.path / FILES.part[0].format(fold))
             results.finish(fold)
             mean += values / cohort.k
         del sums  # before the next ones are made
-    return voxelwise.unmask(mean, voxels)
+    return brain_maps.unmask(mean, voxels)
 
 
 @utils.command("the maps are not finished; the same command starts again")
@@ -102,10 +102,8 @@ def main(argv: list[str] | None = None) -> int:
     if results.is_finished():
         print(f"{folder}: done before, kept")
         return 0
-    scans = cohort.open_scans(Cache("reuse", args.modelpath / "cache"))
-    mean_scan, varies = voxelwise.voxel_statistics(scans)
-    voxels = voxelwise.choose_voxels(varies, mask, args.mask or cohort.csv)
-    print(f"voxels: {np.count_nonzero(voxels)} of {voxels.size}")
+    source = args.mask or cohort.csv
+    scans, mean_scan, voxels = voxelwise.open_voxels(cohort, mask, source, args.modelpath)
 
     about = voxelwise.describe(cohort.csv, args.modelpath, args.mask)
     work = f"{len(scans)} scans of {np.count_nonzero(voxels)} voxels"

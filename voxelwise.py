@@ -15,6 +15,7 @@ import figures
 import utils
 from dataset import Cohort, Grid, ScanDataset
 from internals import nifti, storage
+from internals.caches import Cache
 from internals.errors import InputError, blaming
 
 HELD = 2**28  # float32 voxels in memory at once: 1 GiB
@@ -81,6 +82,17 @@ def choose_voxels(varies: np.ndarray, mask: np.ndarray, source: Path) -> np.ndar
     return voxels
 
 
+def open_voxels(
+    cohort: Cohort, mask: np.ndarray, source: Path, modelpath: Path
+) -> tuple[ScanDataset, np.ndarray, np.ndarray]:
+    """The scans, their mean, float64 (X, Y, Z), and the voxels that a map is made of, bool (X, Y, Z)."""
+    scans = cohort.open_scans(Cache("reuse", modelpath / "cache"))
+    mean_scan, varies = voxel_statistics(scans)
+    voxels = choose_voxels(varies, mask, source)
+    print(f"voxels: {np.count_nonzero(voxels)} of {voxels.size}")
+    return scans, mean_scan, voxels
+
+
 # Passes over the scans ---------------------------------------------------------------------------
 
 
@@ -123,13 +135,6 @@ def weighted_sums(
                 sums[:, chunk] += coefficients[:, rows] @ (values if power == 1 else values**power)
         del voxels  # before the next ones are read
     return total.reshape(-1, total.shape[2])
-
-
-def unmask(values: np.ndarray, mask: np.ndarray) -> np.ndarray:
-    """Put voxels (V,) back where they are from, zero elsewhere: float64 (X, Y, Z)."""
-    volume = np.zeros(mask.shape)
-    volume[mask] = values
-    return volume
 
 
 def read_voxels(scans: ScanDataset, rows: Sequence[int], mask: np.ndarray) -> np.ndarray:

@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 from cohorts import scans_of, two_groups
 
+import brain_maps
 import voxelwise
 
 N, SHAPE = 11, (5, 6, 7)
@@ -32,5 +33,5 @@ def test_weighted_sums_are_those_of_the_dense_matrix(volumes, monkeypatch, power
     dense = np.concatenate([coefficients @ volumes[:, mask].astype(float) ** power for power in powers])
     found = voxelwise.weighted_sums(coefficients, scans_of(volumes), mask, powers)
     assert np.allclose(found, dense, rtol=1e-12, atol=1e-12)  # float64 sums in another order
-    assert np.array_equal(voxelwise.unmask(found[0], mask)[mask], found[0])
-    assert not voxelwise.unmask(found[0], mask)[~mask].any()
+    assert np.array_equal(brain_maps.unmask(found[0], mask)[mask], found[0])
+    assert not brain_maps.unmask(found[0], mask)[~mask].any()

@@ -36,7 +36,7 @@ def add_options(parser: argparse.ArgumentParser, method: str) -> None:
     add("--fold", type=utils.bounded(int, at_least=2), help="number of folds (default: the run's, else 5)")
     add("--split", choices=dataset.SPLITS, help="how folds are made (default: the run's, else stratified)")
     add("--val-fraction", type=fraction, help="share for validation (default: the run's, else 0.2)")
-    add("--seed", type=utils.SEED, help="of folds and bootstrap (default: the run's, else 0)")
+    add("--seed", type=utils.SEED, help="of everything random (default: the run's, else 0)")
     add("--overwrite", action="store_true", help=f"remove earlier maps of {method} first")
 
 

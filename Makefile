@@ -1,7 +1,7 @@
 # make demo       a cohort, five networks, their maps, an SVM, and how all agree with the truth: under demo/
 # make demo-null  the same people without any planted loss: what is left is chance
 # make demo-floors  after the demo: every other method, and networks trained on permuted labels as a third floor
-# make bench      speed and memory against the published way, about 17 minutes; bench-quick: 2 minutes
+# make bench      speed and memory against the published way; bench-quick: of a small network
 # make device DEVICE=0  what a device computes, against float64 on the CPU, and whether it waits for scans
 # make slopes     how time and memory grow with subjects, steps and voxels, and the comparison at 1 mm, about 25 minutes
 # make torture    kills training, maps and a job array at random moments, and compares, about 9 minutes

@@ -104,7 +104,7 @@ def draw_map(
 
     colours = plt.cm.ScalarMappable(plt.Normalize(-top, top), cm.cold_hot)
     bar = figure.add_axes((0.945, 0.45, 0.015, 0.4))
-    bar.set_title("attribution", fontsize=10)
+    bar.set_title("value", fontsize=10)
     figure.colorbar(colours, cax=bar).formatter.set_powerlimits((-2, 2))
     _save(figure, path, dpi=110)
 

@@ -1,6 +1,7 @@
 # make demo       a cohort, five networks, their maps, an SVM, and how all agree with the truth: under demo/
 # make demo-null  the same people without any planted loss: what is left is chance
 # make demo-floors  after the demo: every other method, and networks trained on permuted labels as a third floor
+# make demo-sanity  after the demo: its last table of four scans a fold and three draws
 # make bench      speed and memory against the published way; bench-quick: of a small network
 # make device DEVICE=0  what a device computes, against float64 on the CPU, and whether it waits for scans
 # make slopes     how time and memory grow with subjects, steps and voxels, and the comparison at 1 mm, about 25 minutes
@@ -19,12 +20,14 @@ SEED := 0
 COHORT = --subjects 80 --voxel 2 --severity 2 --seed $(SEED)
 TRAIN := --model modelB8 --lr 1e-3 --wd 1e-3 --batch 4 --epochs 16 --patience 12
 METHODS := LRP GGC IG Gradient SmoothGrad
-.PHONY: demo demo-null demo-floors bench bench-quick device slopes torture test fuzz lint clean
+.PHONY: demo demo-null demo-floors demo-sanity bench bench-quick device slopes torture test fuzz lint clean
 
 # maps of trained or untrained networks: $(call maps,folder of the networks,trained or random,methods,options)
 maps = $(PY) heatmap.py --method $3 --weights $2 --modelpath $1 --outpath $(DEMO)/heatmaps --overwrite $4
 compare = $(PY) overlap.py --maps $(DEMO)/heatmaps --reference $(DEMO)/cohort/truth.nii.gz \
     --mask $(DEMO)/cohort/mask.nii.gz --overwrite
+check = $(PY) sanity.py --maps $(DEMO)/heatmaps --modelpath $(DEMO)/models --mask $(DEMO)/cohort/mask.nii.gz \
+    --overwrite --orders
 
 demo demo-null: .venv/run
 	$(PY) simulate.py --outpath $(DEMO)/cohort $(COHORT) --overwrite
@@ -36,6 +39,7 @@ demo demo-null: .venv/run
 	$(PY) svm.py --modelpath $(DEMO)/models --outpath $(DEMO)/heatmaps --overwrite
 	$(PY) ttest.py --modelpath $(DEMO)/models --outpath $(DEMO)/heatmaps --overwrite
 	$(compare)
+	$(check) --scans-per-fold 1 --repeats 1
 
 OTHERS := InputXGradient GradCAM Occlusion
 demo-floors: .venv/run
@@ -48,6 +52,9 @@ demo-floors: .venv/run
 	    $(call maps,$(DEMO)/models,$$weights,LRP,--rule composite) || exit; \
 	done
 	$(compare)
+
+demo-sanity: .venv/run
+	$(check)
 
 demo-null: DEMO := $(DEMO)/null
 demo-null: COHORT += --null

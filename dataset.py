@@ -72,6 +72,16 @@ class Cohort:
         """Labels of those scans, int (N,)."""
         return self.table["label"].to_numpy()[self.scan_indices(fold, role)]
 
+    def training_controls(self, fold: int) -> list[int]:
+        """Row numbers of a fold's training scans of label 0."""
+        return [row for row in self.scan_indices(fold, "train") if self.table["label"][row] == 0]
+
+    def check_controls(self, folds: Sequence[int], option: str) -> None:
+        """Raise InputError where a fold has no training controls, which an option needs the mean of."""
+        for fold in folds:
+            if not self.training_controls(fold):
+                raise InputError(f"{option}: fold {fold} has no controls among its training scans")
+
     def permuted_labels(self, fold: int, seed: int) -> np.ndarray:
         """Labels of all scans, int (N,), for a network that is to learn nothing: see --permute-labels.
 

@@ -53,10 +53,8 @@ class Explainer:
             The maps, like `volume`, on the CPU; and a row of FOUND for each. The residual is relative to what
             the map should sum to, and NaN where its sum means nothing.
         """
-        target = self._target(label, logits)
-        settings = self.settings | {"seeds": seeds}
-        needed = {name: settings[name] for name in self.method.needs}
-        maps = self.method(self.model, volume, target, **(self.options | needed))
+        target = self.target(label, logits)
+        maps = self.maps(volume, target, seeds)
         wanted = self._wanted_sums(volume, logits, target).cpu().double()
         # moved before float64, which MPS does not have
         maps, logits, target = maps.cpu(), logits.cpu(), target.cpu()
@@ -66,7 +64,13 @@ class Explainer:
         columns = [logits.argmax(1), target, _pick(logits.double().softmax(1), target), sums, residual, zero]
         return maps, pd.DataFrame({n: c.numpy() for n, c in zip(FOUND, columns, strict=True)})
 
-    def _target(self, label: Tensor, logits: Tensor) -> Tensor:
+    def maps(self, volume: Tensor, target: Tensor, seeds: Sequence[int]) -> Tensor:
+        """The maps of a batch for given logits, like `volume`; arguments as of `explain`."""
+        settings = self.settings | {"seeds": seeds}
+        needed = {name: settings[name] for name in self.method.needs}
+        return self.method(self.model, volume, target, **(self.options | needed))
+
+    def target(self, label: Tensor, logits: Tensor) -> Tensor:
         """The logit to explain for each scan, int64 (B,)."""
         if self.rule == "label":
             return label

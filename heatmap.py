@@ -144,18 +144,6 @@ def result_folder(
     )
 
 
-def check_baseline(kind: str | None, cohort: Cohort, folds: list[int]) -> None:
-    """Raise InputError where a fold has no scans that the baseline could be made of."""
-    for fold in folds if kind == "controls" else []:
-        if not training_controls(cohort, fold):
-            raise InputError(f"--baseline controls: fold {fold} has no controls among its training scans")
-
-
-def training_controls(cohort: Cohort, fold: int) -> list[int]:
-    """The rows of a fold's training controls."""
-    return [row for row in cohort.scan_indices(fold, "train") if cohort.table["label"][row] == 0]
-
-
 # The maps ----------------------------------------------------------------------------------------
 
 
@@ -195,7 +183,7 @@ class FoldMaps:
         own, grid = self.method.chosen(self.options), self.cohort.grid
         settings: dict[str, Any] = {"voxel_sizes": grid.voxel_sizes, "baseline": None}
         if own.get("baseline") == "controls":
-            mean = self.scans.mean(training_controls(self.cohort, fold))
+            mean = self.scans.mean(self.cohort.training_controls(fold))
             self._save(mean, f"baseline_f{fold}")
             settings["baseline"] = torch.from_numpy(mean).to(next(model.parameters()).device)[None, None]
         return Explainer(model, self.method, own, settings, self.options["target"])
@@ -362,7 +350,8 @@ def main(argv: list[str] | None = None) -> int:
     chosen = utils.choose_folds(args.run_folds, cohort.k)
     networks.check(chosen)
     devices.check_batch(args.batch, models.largest_output(run.model, cohort.grid.shape), device)
-    check_baseline(vars(args).get("baseline"), cohort, chosen)
+    if vars(args).get("baseline") == "controls":
+        cohort.check_controls(chosen, "--baseline controls")
     where = args.outpath, args.run_folds and chosen, args.overwrite
     folders = {name: result_folder(name, options[name], networks, *where) for name in args.method}
     for results in folders.values():

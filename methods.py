@@ -157,3 +157,18 @@ def check_options(name: str, options: Mapping[str, Any], model: str, voxel_sizes
         METHODS[name].check(options, model, voxel_sizes)
     except ValueError as problem:
         raise InputError(f"--{problem}") from problem
+
+
+def recorded_options(name: str, options: Mapping[str, Any]) -> dict[str, Any]:
+    """A method's own options as a record has them; InputError where a value is none that the option takes."""
+    chosen = METHODS[name].chosen(options)
+    for option in METHODS[name].options:
+        if option.name in chosen:
+            value = chosen[option.name]
+            try:
+                right = value in option.choices if option.choices else option.type(str(value)) == value
+            except argparse.ArgumentTypeError:
+                right = False
+            if not right:
+                raise InputError(f"is damaged: option {option.name} is {value!r}")
+    return chosen

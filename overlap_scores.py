@@ -3,6 +3,7 @@
 import itertools
 import math
 import os
+from collections.abc import Callable
 from typing import Any
 
 import nibabel as nib
@@ -203,18 +204,21 @@ def add_random(table: pd.DataFrame, floor: pd.DataFrame) -> pd.DataFrame:
     return pd.concat([table, rows.assign(method="random", fold="all")], ignore_index=True)
 
 
-def bootstrap_interval(values: np.ndarray, seed: int) -> tuple[np.ndarray, np.ndarray]:
-    """95 % percentile interval of the mean over folds (Efron and Tibshirani 1993), 10000 draws.
+def bootstrap_interval(
+    values: np.ndarray, seed: int, statistic: Callable[..., np.ndarray] = np.mean
+) -> tuple[np.ndarray, np.ndarray]:
+    """95 % percentile interval of a mean, over folds mostly (Efron and Tibshirani 1993), 10000 draws.
 
     Args:
         values: (..., k) one value per fold; every leading index sees the same draws.
+        statistic: what takes the place of the mean, along an axis as numpy's functions take it.
 
     Returns:
         Lower and upper end, (...).
     """
     k = values.shape[-1]
     draws = np.random.default_rng(seed).integers(k, size=(BOOTSTRAP_DRAWS, k))
-    low, high = np.percentile(values[..., draws].mean(-1), [2.5, 97.5], axis=-1)
+    low, high = np.percentile(statistic(values[..., draws], axis=-1), [2.5, 97.5], axis=-1)
     return low, high
 
 

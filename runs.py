@@ -119,10 +119,8 @@ class UntrainedNetworks:
         return model.eval()
 
     def calibration_scans(self, fold: int) -> list[int]:
-        """The training scans that the statistics are estimated on: at most 32, evenly spaced in the CSV."""
-        train = self.run.cohort.scan_indices(fold, "train")
-        count = min(len(train), CALIBRATION)
-        return [train[number * len(train) // count] for number in range(count)]
+        """The training scans that the statistics are estimated on."""
+        return calibration_scans(self.run.cohort, fold, CALIBRATION)
 
     def about(self) -> dict[str, Any]:
         """What the record says of the networks."""
@@ -131,6 +129,13 @@ class UntrainedNetworks:
 
 
 Networks = TrainedNetworks | UntrainedNetworks
+
+
+def calibration_scans(cohort: Cohort, fold: int, most: int) -> list[int]:
+    """Training scans for the statistics of BatchNorm: at most so many, evenly spaced in the CSV."""
+    train = cohort.scan_indices(fold, "train")
+    count = min(len(train), most)
+    return [train[number * len(train) // count] for number in range(count)]
 
 
 # Reading what train_cv.py wrote ------------------------------------------------------------------

@@ -178,6 +178,13 @@ class FoldedNetwork:
         hidden = F.relu(self.hidden(features.flatten(1)))  # (B, 64)
         return self.output(hidden), hidden
 
+    def logits(self, head: Tensor) -> Tensor:
+        """Logits (B, 2) of scans of which `head` (B, 1, X, Y, Z) is what lies in `input_box`."""
+        values = head
+        for block, padding in zip(self.blocks, self.paddings, strict=True):
+            values = padding.pad(block.activate(block.convolve_and_pool(values)[0]))
+        return self.classify(values)[0]
+
     def classifier_gradient(
         self, target: Tensor, hidden: Tensor, shape: torch.Size, guided: bool = False
     ) -> Tensor:

@@ -10,10 +10,11 @@ FLOORS = [
     ["utils"],
     ["dataset", "brain_maps", "models"],
     ["runs", "training", "classifier_scores", "overlap_scores"],
-    ["lrp", "ig", "ggc", "gradient", "occlusion", "figures"],
-    ["methods", "selfcheck", "voxelwise"],
-    ["explaining", "patterns"],
-    ["train_cv", "heatmap", "svm", "ttest", "overlap", "simulate"],
+    ["lrp", "ig", "ggc", "gradient", "occlusion", "randomizing", "faithfulness", "sanity_scores"],
+    ["methods", "selfcheck", "figures"],
+    ["explaining", "voxelwise"],
+    ["patterns", "checking"],
+    ["train_cv", "heatmap", "svm", "ttest", "overlap", "sanity", "simulate"],
 ]
 FLOOR = {room: floor for floor, rooms in enumerate(FLOORS) for room in rooms}
 

@@ -1,0 +1,107 @@
+"""How a logit changes when a scan is covered in the order of its map (Samek et al. 2017, arXiv 1509.06321).
+
+Cubes of the brain are covered, those of the largest values first; or uncovered in the same order, beginning
+with all of them covered. If the map says what the network uses, the logit falls, or rises, faster than in an
+order by chance.
+"""
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from internals.folded import FoldedNetwork, bounding_box
+from models import CNN3d, evaluation_mode
+
+EDGE = 8.0  # mm, of the cubes
+# of the cubes, covered or uncovered: each step doubles, so that the map's largest values weigh most
+SHARES = (1 / 64, 1 / 32, 1 / 16, 1 / 8, 1 / 4, 1 / 2)
+POINTS = (0.0, *SHARES, 1.0)  # of a curve
+WAYS = ("deletion", "insertion")
+
+
+def divide(brain: np.ndarray, voxel_sizes: Sequence[float]) -> np.ndarray:
+    """Divide a brain into cubes of 8 mm, rounded to voxels.
+
+    Args:
+        brain: bool (X, Y, Z), V voxels of it true.
+        voxel_sizes: edges of a voxel in mm.
+
+    Returns:
+        int (V,), the number of each voxel's cube, 0 ... C - 1.
+    """
+    edges = np.maximum(np.rint(EDGE / np.asarray(voxel_sizes)), 1).astype(int)
+    places = np.argwhere(brain) // edges
+    _, cubes = np.unique(np.ravel_multi_index(tuple(places.T), brain.shape), return_inverse=True)
+    return cubes
+
+
+def falling_order(values: np.ndarray, cubes: np.ndarray, seed: int) -> np.ndarray:
+    """The places of the cubes, int (C,), 0 for the one of the largest sum; ties are broken by chance.
+
+    Args:
+        values: (V,), signed; zero everywhere for an order by chance alone.
+        cubes: from `divide`.
+        seed: of the chance.
+    """
+    sums = np.bincount(cubes, weights=values)
+    order = np.lexsort((np.random.default_rng(seed).permutation(len(sums)), -sums))
+    places = np.empty(len(sums), int)
+    places[order] = np.arange(len(sums))
+    return places
+
+
+class CoveredScan:
+    """A scan whose cubes may be covered, and the logits that a network gives it.
+
+    Args:
+        model: the network; evaluated in evaluation mode, left as found.
+        volume: (1, 1, X, Y, Z), the scan.
+        filling: what covers a cube's voxels, like `volume`.
+        brain: bool (X, Y, Z).
+        cubes: of its voxels, from `divide`.
+    """
+
+    def __init__(
+        self, model: CNN3d, volume: Tensor, filling: Tensor, brain: np.ndarray, cubes: np.ndarray
+    ) -> None:
+        inside = torch.from_numpy(brain).to(volume.device)
+        with evaluation_mode(model):
+            self.network = FoldedNetwork(model, volume.shape[2:], bounding_box(volume, inside[None, None]))
+        box = self.network.input_box
+        self.inside = inside[box]  # all that a covered scan differs in, and all else that is not zero
+        self.head, self.filling = volume[:, :, *box], filling[0, 0][box][self.inside]
+        self.cubes = torch.from_numpy(cubes).to(volume.device)
+
+    def curve(self, places: np.ndarray, way: str) -> np.ndarray:
+        """The logits at each of POINTS: float64 (len(POINTS), 2).
+
+        Args:
+            places: of the cubes, from `falling_order`.
+            way: one of WAYS; by insertion, all cubes are covered at 0, and none at 1.
+        """
+        counts = [0, *(max(round(share * len(places)), 1) for share in POINTS[1:])]
+        covered = (places < count if way == "deletion" else places >= count for count in counts)
+        return np.stack([self._logits(torch.from_numpy(cubes)) for cubes in covered])
+
+    def _logits(self, covered: Tensor) -> np.ndarray:
+        """The logits of the scan, (2,), with some cubes, bool (C,), covered."""
+        hidden = covered.to(self.cubes.device)[self.cubes]  # (V,)
+        head = self.head.clone()
+        head[0, 0][self.inside] = torch.where(hidden, self.filling, head[0, 0][self.inside])
+        with torch.no_grad():
+            return self.network.logits(head)[0].cpu().double().numpy()
+
+
+def gain(curve: np.ndarray, other: np.ndarray, way: str) -> float:
+    """How much better than another order an order is: the mean difference of a logit at SHARES.
+
+    deletion: mean_q [F_other(q) - F(q)];   insertion: mean_q [F(q) - F_other(q)]
+
+    Args:
+        curve, other: (len(POINTS),), of one logit each.
+        way: one of WAYS.
+    """
+    difference = float((curve - other)[1:-1].mean())
+    return -difference if way == "deletion" else difference

@@ -1,0 +1,155 @@
+"""What the checks of maps come to: how alike two maps are, intervals over subjects, a verdict in words."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import pandas as pd
+from scipy import stats
+
+from brain_maps import RESERVED
+from overlap_scores import bootstrap_interval
+
+LARGEST = 0.05  # share of the voxels whose agreement is measured
+COLUMNS = ["method", "check", "setting", "fold", "path", "subject", "value"]
+EDGES, RANDOM = RESERVED  # orders of an edge filter and by chance, beside the METHODs
+FILLINGS = ("zero", "controls")  # what a covered cube shows: nothing, or the mean of the training controls
+GAINS = ("deletion_gain_zero", "deletion_gain_controls", "insertion_gain_zero", "insertion_gain_controls")
+# of the summary, by column: the check and the setting ("" for all) that it is of
+SUMMARY = {
+    "weights_rho": ("weights_all_spearman", ""),  # all layers drawn anew
+    **{gain: (gain, "random") for gain in GAINS},
+    "fold_spearman": ("fold_spearman", ""),
+    "fold_dice5": ("fold_dice5", ""),
+    "seed_spearman": ("seed_spearman", ""),
+    "seed_dice5": ("seed_dice5", ""),
+    "residual_median": ("residual", ""),
+    "zero_share": ("zero", ""),
+}
+# what a verdict counts as bad
+ALIKE, RATHER_ALIKE = 0.9, 0.5  # rank correlation with the map of new weights
+BY_CHANCE = 2 * LARGEST  # Dice of the largest voxels; of maps by chance it is LARGEST
+MANY_ZERO, FAR_OFF = 0.1, 0.1  # share of maps that are zero; residual
+
+
+# Two maps ----------------------------------------------------------------------------------------
+
+
+def standard_ranks(magnitudes: np.ndarray) -> np.ndarray:
+    """The ranks of values, less their mean, of length 1; the dot product of two such is Spearman's rho.
+
+    Args:
+        magnitudes: (V,) real. Ties get their mean rank.
+
+    Returns:
+        float64 (V,); NaN where all values are equal, and nothing can be ranked.
+    """
+    ranks = stats.rankdata(magnitudes)
+    ranks -= (len(ranks) + 1) / 2
+    length = np.sqrt(ranks @ ranks)
+    return ranks / length if length else np.full(len(ranks), np.nan)
+
+
+def largest(magnitudes: np.ndarray) -> np.ndarray:
+    """The largest 5 % of values >= 0, bool (V,): with all that equal the smallest of them, without zeros."""
+    count = max(round(LARGEST * len(magnitudes)), 1)
+    smallest = np.partition(magnitudes, -count)[-count]
+    return (magnitudes >= smallest) & (magnitudes > 0)
+
+
+def dice(one: np.ndarray, other: np.ndarray) -> float:
+    """Dice of two sets, bool (V,) each; NaN where both are empty."""
+    size = int(one.sum()) + int(other.sum())
+    return 2 * int((one & other).sum()) / size if size else np.nan
+
+
+class Magnitudes:
+    """The magnitudes of a map at the voxels of the brain, prepared to be compared with others."""
+
+    def __init__(self, values: np.ndarray) -> None:
+        magnitudes = np.abs(values)
+        self.ranks, self.largest = standard_ranks(magnitudes), largest(magnitudes)
+
+    def spearman(self, other: "Magnitudes") -> float:
+        """Spearman's rank correlation; NaN where either map is the same everywhere."""
+        return float(self.ranks @ other.ranks)
+
+    def dice5(self, other: "Magnitudes") -> float:
+        """Dice of the largest 5 %."""
+        return dice(self.largest, other.largest)
+
+
+# All maps ----------------------------------------------------------------------------------------
+
+
+def summarize(rows: pd.DataFrame, seed: int) -> pd.DataFrame:
+    """One row per METHOD: its checks with 95 % intervals over subjects, and a verdict.
+
+    A subject counts by the mean over its scans, draws and other networks. Values that are of no scan leave
+    no interval.
+
+    Args:
+        rows: columns as COLUMNS; `setting` of the gains is the order that they are over.
+        seed: of the bootstrap.
+
+    Returns:
+        Columns method, the keys of SUMMARY, each with _low and _high, and verdict; NaN where a check was not
+        made.
+    """
+    found = []
+    for method, part in rows.groupby("method", sort=True):
+        row: dict[str, Any] = {"method": method}
+        for name, (check, setting) in SUMMARY.items():
+            chosen = part[(part["check"] == check) & (part["setting"].str.startswith(setting))]
+            row |= _with_interval(name, chosen, seed)
+        if not all(np.isnan(value) for key, value in row.items() if key != "method"):
+            found.append(row | {"verdict": verdict(row)})
+    return pd.DataFrame(found)
+
+
+def _with_interval(name: str, rows: pd.DataFrame, seed: int) -> dict[str, float]:
+    """The mean over subjects, or their median where the name says so, and its interval."""
+    statistic = np.median if name.endswith("_median") else np.mean
+    rows = rows.dropna(subset="value")
+    if rows.empty:
+        return dict.fromkeys((name, f"{name}_low", f"{name}_high"), np.nan)
+    values = rows.groupby("subject")["value"].mean().to_numpy()
+    low, high = bootstrap_interval(values, seed, statistic) if rows["subject"].all() else (np.nan, np.nan)
+    return {name: float(statistic(values)), f"{name}_low": float(low), f"{name}_high": float(high)}
+
+
+def verdict(row: dict[str, Any]) -> str:
+    """What the checks of a METHOD say, in words; an interval decides, not a mean.
+
+    Args:
+        row: as `summarize` makes it.
+    """
+    said = []
+    if np.isfinite(row[GAINS[0]]):
+        said.append(_faithfulness(row))
+    if row["weights_rho_low"] > ALIKE:
+        said.append("does not depend on the weights")
+    elif row["weights_rho_low"] > RATHER_ALIKE:
+        said.append("depends little on the weights")
+    if row["fold_dice5_high"] < BY_CHANCE:
+        said.append("other networks give other maps")
+    if row["zero_share"] > MANY_ZERO:
+        said.append(f"{row['zero_share']:.0%} of the maps are zero")
+    if row["residual_median"] > FAR_OFF:
+        said.append(f"sums are off by {row['residual_median']:.0%}")
+    return "; ".join(said) or "explains no network"
+
+
+def _faithfulness(row: dict[str, Any]) -> str:
+    """How an order by the map compares with one by chance."""
+    better = [name for name in GAINS if row[f"{name}_low"] > 0]
+    worse = [name for name in GAINS if row[f"{name}_high"] < 0]
+    if worse:
+        return f"worse than chance by {_words(worse)}"
+    if len(better) == len(GAINS):
+        return "faithful"
+    return f"faithful by {_words(better)} only" if better else "no more faithful than chance"
+
+
+def _words(gains: Sequence[str]) -> str:
+    return ", ".join(name.replace("_gain_", " to ") for name in gains)

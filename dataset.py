@@ -313,7 +313,7 @@ class ScanDataset(Dataset):
 
     def mean(self, rows: Sequence[int]) -> np.ndarray:
         """Mean of some scans, float32 (X, Y, Z), read one at a time."""
-        total = self[rows[0]][0][0].double()
+        total = self[rows[0]][0][0].to(torch.float64, copy=True)
         for row in rows[1:]:
             total += self[row][0][0]
         return (total / len(rows)).float().cpu().numpy()

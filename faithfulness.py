@@ -15,7 +15,7 @@ from internals.folded import FoldedNetwork, bounding_box
 from models import CNN3d, evaluation_mode
 
 EDGE = 8.0  # mm, of the cubes
-# of the cubes, covered or uncovered: each step doubles, so that the map's largest values weigh most
+# of the brain, covered or uncovered: each step doubles, so that the map's largest values weigh most
 SHARES = (1 / 64, 1 / 32, 1 / 16, 1 / 8, 1 / 4, 1 / 2)
 POINTS = (0.0, *SHARES, 1.0)  # of a curve
 WAYS = ("deletion", "insertion")
@@ -38,18 +38,29 @@ def divide(brain: np.ndarray, voxel_sizes: Sequence[float]) -> np.ndarray:
 
 
 def falling_order(values: np.ndarray, cubes: np.ndarray, seed: int) -> np.ndarray:
-    """The places of the cubes, int (C,), 0 for the one of the largest sum; ties are broken by chance.
+    """The order of the cubes, the one of the largest sum first.
+
+    Ties are broken as a map of white noise orders them: a map of zeros comes in an order by chance. It is one
+    that deals with cubes of many and of few voxels as any map does, whose sums differ in size.
 
     Args:
-        values: (V,), signed; zero everywhere for an order by chance alone.
+        values: (V,), signed.
         cubes: from `divide`.
-        seed: of the chance.
+        seed: of the noise.
+
+    Returns:
+        The numbers of the cubes, int (C,).
     """
-    sums = np.bincount(cubes, weights=values)
-    order = np.lexsort((np.random.default_rng(seed).permutation(len(sums)), -sums))
-    places = np.empty(len(sums), int)
-    places[order] = np.arange(len(sums))
-    return places
+    noise = np.random.default_rng(seed).standard_normal(len(cubes))
+    return np.lexsort((-np.bincount(cubes, weights=noise), -np.bincount(cubes, weights=values)))
+
+
+def first_cubes(order: np.ndarray, cubes: np.ndarray, share: float) -> np.ndarray:
+    """The first cubes of an order that hold a share of the brain's voxels at least, bool (C,)."""
+    held = np.cumsum(np.bincount(cubes)[order])
+    chosen = np.zeros(len(order), bool)
+    chosen[order[: np.searchsorted(held, share * held[-1]) + 1 if share else 0]] = True
+    return chosen
 
 
 class CoveredScan:
@@ -72,24 +83,27 @@ class CoveredScan:
         box = self.network.input_box
         self.inside = inside[box]  # all that a covered scan differs in, and all else that is not zero
         self.head, self.filling = volume[:, :, *box], filling[0, 0][box][self.inside]
-        self.cubes = torch.from_numpy(cubes).to(volume.device)
+        self.cubes = cubes
+        none = np.zeros(cubes.max() + 1, bool)
+        self.whole, self.hidden = self._logits(none), self._logits(~none)  # the ends of all curves
 
-    def curve(self, places: np.ndarray, way: str) -> np.ndarray:
+    def curve(self, order: np.ndarray, way: str) -> np.ndarray:
         """The logits at each of POINTS: float64 (len(POINTS), 2).
 
         Args:
-            places: of the cubes, from `falling_order`.
+            order: of the cubes, from `falling_order`.
             way: one of WAYS; by insertion, all cubes are covered at 0, and none at 1.
         """
-        counts = [0, *(max(round(share * len(places)), 1) for share in POINTS[1:])]
-        covered = (places < count if way == "deletion" else places >= count for count in counts)
-        return np.stack([self._logits(torch.from_numpy(cubes)) for cubes in covered])
+        chosen = [first_cubes(order, self.cubes, share) for share in SHARES]
+        between = [self._logits(cubes if way == "deletion" else ~cubes) for cubes in chosen]
+        ends = (self.whole, self.hidden) if way == "deletion" else (self.hidden, self.whole)
+        return np.stack([ends[0], *between, ends[1]])
 
-    def _logits(self, covered: Tensor) -> np.ndarray:
+    def _logits(self, covered: np.ndarray) -> np.ndarray:
         """The logits of the scan, (2,), with some cubes, bool (C,), covered."""
-        hidden = covered.to(self.cubes.device)[self.cubes]  # (V,)
+        voxels = torch.from_numpy(covered[self.cubes]).to(self.head.device)  # (V,)
         head = self.head.clone()
-        head[0, 0][self.inside] = torch.where(hidden, self.filling, head[0, 0][self.inside])
+        head[0, 0][self.inside] = torch.where(voxels, self.filling, head[0, 0][self.inside])
         with torch.no_grad():
             return self.network.logits(head)[0].cpu().double().numpy()
 

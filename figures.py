@@ -10,10 +10,8 @@ import numpy as np
 import pandas as pd
 
 from brain_maps import FLOORS, RESERVED, unmask
-from faithfulness import SHARES
 from internals import storage
 from overlap_scores import BrainMask
-from randomizing import layer_names
 from sanity_scores import LARGEST
 
 # Okabe and Ito's colours, told apart with any kind of colour vision; grey is left to the floors.
@@ -197,10 +195,7 @@ def draw_overlap(table: pd.DataFrame, ranked: pd.DataFrame, curves: dict[str, An
     """
     plt = _pyplot()
     names = [name for name in ranked["method"] if name in curves and name != "edges"]
-    looks = itertools.product(("-", "--", ":"), COLOURS)  # by name, so that a method keeps its colour
-    given = {name: {"color": c, "linestyle": d} for name, (d, c) in zip(sorted(names), looks, strict=False)}
-    styles = {name: given[name] for name in names}
-    styles |= {"edges": {"color": "0.35", "linestyle": "-"}, "random": {"color": "0.35", "linestyle": "--"}}
+    styles = _styles(names)
     figure, axes = plt.subplots(1, 3, figsize=(15, 5.5), sharey=True, layout="constrained")
     ranked = ranked.set_index("method")
     _draw_thresholds(axes[0], curves, ranked, styles)
@@ -262,6 +257,15 @@ def _draw_bars(axis: Any, names: list[str], ranked: pd.DataFrame, styles: dict[s
     axis.set_title(f"C   best threshold, {ranked['fwhm_mm'].iloc[0]:g} mm FWHM", loc="left")
 
 
+COVERINGS = {
+    "deletion_zero": "deletion, zeros",
+    "deletion_controls": "deletion, mean control",
+    "insertion_zero": "insertion, zeros",
+    "insertion_controls": "insertion, mean control",
+}
+REDRAWN = {"output": "from the logits down", "input": "from the scan up", "alone": "in one layer alone"}
+
+
 def draw_sanity(rows: pd.DataFrame, summary: pd.DataFrame, path: Path) -> None:
     """Draw what new weights do to maps, how alike networks' maps are, what covering does to the logit (PNG).
 
@@ -269,24 +273,19 @@ def draw_sanity(rows: pd.DataFrame, summary: pd.DataFrame, path: Path) -> None:
         rows, summary: the content of sanity.csv and sanity_summary.csv.
         path: the PNG to write.
     """
-    plt = _pyplot()
-    names = [name for name in summary["method"] if name not in RESERVED]
-    looks = itertools.product(("-", "--", ":"), COLOURS)
-    styles = {name: {"color": c, "linestyle": d} for name, (d, c) in zip(names, looks, strict=False)}
-    styles |= {"edges": {"color": "0.35", "linestyle": "-"}, "random": {"color": "0.35", "linestyle": "--"}}
-    figure, axes = plt.subplots(2, 4, figsize=(17, 9), layout="constrained")
-    orders = {"output": "from the logits down", "input": "from the scan up", "alone": "in one layer alone"}
-    for axis, (order, words) in zip(axes[0], orders.items(), strict=False):
+    styles = _styles([name for name in summary["method"] if name not in RESERVED])
+    figure, axes = _pyplot().subplots(2, 4, figsize=(17, 9), layout="constrained")
+    for axis, (order, words) in zip(axes[0], REDRAWN.items(), strict=False):
+        axis.set_title(f"new weights {words}", loc="left")
         chosen = rows[rows["check"] == f"weights_{order}_spearman"]
         _draw_new_weights(axis, chosen, styles, reverse=order == "output")
-        axis.set_title(f"new weights {words}", loc="left")
-    axes[0][0].set_ylabel("rank correlation with the map of the network")
-    _draw_agreement(axes[0][3], summary[summary["fold_dice5"].notna()], styles)
-    for axis, (way, filling) in zip(
-        axes[1], itertools.product(("deletion", "insertion"), ("zero", "controls")), strict=True
-    ):
-        _draw_covering(axis, rows[rows["check"] == f"{way}_{filling}"], styles)
-        axis.set_title(f"{way}, {'zeros' if filling == 'zero' else 'mean control'}", loc="left")
+    axes[0][0].set_ylabel("rank correlation with the network's own map")
+    covered = set(rows.loc[rows["check"] == "deletion_zero", "method"])
+    colours = {name: style["color"] if name in covered else "0.7" for name, style in styles.items()}
+    _draw_agreement(axes[0][3], summary[summary["fold_dice5"].notna()], colours)
+    for axis, (check, words) in zip(axes[1], COVERINGS.items(), strict=True):
+        axis.set_title(words, loc="left")
+        _draw_covering(axis, rows[rows["check"] == check], styles)
     axes[1][0].set_ylabel("explained logit")
     known: dict[str, Any] = {}
     for axis in axes.flat:
@@ -299,45 +298,47 @@ def draw_sanity(rows: pd.DataFrame, summary: pd.DataFrame, path: Path) -> None:
 def _draw_new_weights(axis: Any, rows: pd.DataFrame, styles: dict[str, Any], reverse: bool) -> None:
     """Rank correlation by layer, from the scan to the logits, or in reverse."""
     if rows.empty:
-        axis.set_axis_off()
-        axis.text(0.5, 0.5, "not drawn (--orders)", ha="center", color="0.5", transform=axis.transAxes)
+        axis.text(0.5, 0.5, "not asked for (--orders)", ha="center", color="0.5", transform=axis.transAxes)
+        axis.set(xticks=[], yticks=[])
         return
     layers = rows["setting"].str.split(",").str[0]
-    depth = sum(layer.startswith("block") for layer in layers.unique())
-    order = layer_names(depth)[:: -1 if reverse else 1]
+    order = sorted(set(layers), key=lambda name: (not name.startswith("block"), name), reverse=reverse)
     means = rows.assign(layer=layers).groupby(["method", "layer"])["value"].mean()
-    for name, style in styles.items():
-        if name in means.index:
-            axis.plot(
-                range(len(order)), means[name].reindex(order), marker="o", markersize=4, label=name, **style
-            )
+    for name in [name for name in styles if name in means.index]:
+        heights = means[name].reindex(order)
+        axis.plot(range(len(order)), heights, marker="o", markersize=4, label=name, **styles[name])
     axis.axhline(0, color="0.8", linewidth=1, zorder=0)
     axis.set_xticks(range(len(order)), order, rotation=30, ha="right")
     axis.set_ylim(-0.3, 1.03)
 
 
-def _draw_agreement(axis: Any, summary: pd.DataFrame, styles: dict[str, Any]) -> None:
+def _draw_agreement(axis: Any, summary: pd.DataFrame, colours: dict[str, str]) -> None:
     """Dice of the largest 5 % between folds' networks, METHOD by METHOD."""
     for place, (name, row) in enumerate(summary.set_index("method").iterrows()):
-        colour = (
-            styles[str(name)]["color"] if row["weights_rho"] == row["weights_rho"] else "0.7"
-        )  # no network
-        axis.bar(place, row["fold_dice5"], color=colour, alpha=0.75)
+        axis.bar(place, row["fold_dice5"], color=colours[str(name)], alpha=0.75)
         axis.vlines(place, row["fold_dice5_low"], row["fold_dice5_high"], "black", linewidth=1)
-    axis.axhline(LARGEST, **styles["random"])
+    axis.axhline(LARGEST, color="0.35", linestyle="--")
     axis.set_xticks(range(len(summary)), summary["method"], rotation=30, ha="right")
     axis.set_ylim(0, 1)
     axis.set_title("Dice of the largest 5 % between folds", loc="left")
 
 
 def _draw_covering(axis: Any, rows: pd.DataFrame, styles: dict[str, Any]) -> None:
-    """The logit against the share of the cubes that are covered, or uncovered."""
+    """The logit against the share of the brain that is covered, or uncovered; but for the ends."""
     means = rows.assign(share=rows["setting"].astype(float)).groupby(["method", "share"])["value"].mean()
-    for name, style in styles.items():
-        if name in means.index:
-            curve = means[name].iloc[1:-1]
-            axis.plot(curve.index, curve, marker="o", markersize=4, label=name, **style)
+    shares = sorted(set(means.index.get_level_values("share")) - {0, 1})
+    for name in [name for name in styles if name in means.index]:
+        axis.plot(shares, means[name][shares], marker="o", markersize=4, label=name, **styles[name])
     axis.set_xscale("log", base=2)
-    axis.set_xticks(SHARES, [f"1/{round(1 / share)}" for share in SHARES])
+    axis.set_xticks(shares, [f"1/{round(1 / share)}" for share in shares])
     axis.minorticks_off()
-    axis.set_xlabel("share of the brain's cubes")
+    axis.set_xlabel("share of the brain")
+
+
+def _styles(names: Sequence[str]) -> dict[str, dict[str, str]]:
+    """Colours and lines of METHODs, by name, so that a method keeps them; and of the floors, in grey."""
+    looks = itertools.cycle(itertools.product(("-", "--", ":"), COLOURS))
+    given = {name: {"color": c, "linestyle": d} for name, (d, c) in zip(sorted(names), looks, strict=False)}
+    styles = {name: given[name] for name in names}
+    grey = {"edges": "-", "random": "--"}
+    return styles | {name: {"color": "0.35", "linestyle": line} for name, line in grey.items()}

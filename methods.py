@@ -166,7 +166,7 @@ def recorded_options(name: str, options: Mapping[str, Any]) -> dict[str, Any]:
         if option.name in chosen:
             value = chosen[option.name]
             try:
-                right = value in option.choices if option.choices else option.type(str(value)) == value
+                right = str(value) in option.choices if option.choices else option.type(str(value)) == value
             except argparse.ArgumentTypeError:
                 right = False
             if not right:

@@ -67,7 +67,7 @@ class Randomizer:
         parts += [(linear,) for linear in result.linears()]
         with torch.random.fork_rng(devices=[]):
             for layer in layers:
-                torch.manual_seed(utils.own_seed(seed, layer))
+                torch.default_generator.manual_seed(utils.own_seed(seed, layer))  # no other device's
                 for module in parts[layer]:
                     module.reset_parameters()
         result.to(next(self.model.parameters()).device)

@@ -1,10 +1,10 @@
-"""Check maps where nobody knows the truth: do they depend on the network, and it on what they mark?
+"""Check maps where nobody knows the truth: against new weights, covered scans, and other networks.
 
     python3 sanity.py --maps heatmaps --modelpath models --mask mask.nii.gz
 
 Takes every METHOD folder under --maps that heatmap.py wrote. On some test scans of every fold it draws the
 network's layers anew, asks the other folds' networks, and covers the brain in the map's order. The maps of
-svm.py and ttest.py are compared between folds. The same command again keeps the folds that are finished.
+svm.py and ttest.py are compared between folds. The same command again keeps the scans that are finished.
 """
 
 import argparse
@@ -29,7 +29,7 @@ import selfcheck
 import utils
 import voxelwise
 from brain_maps import MethodMaps
-from checking import Panel, Use, compare_folds
+from checking import Panel, Recipe, compare_folds
 from dataset import Cohort
 from explaining import TARGETS
 from internals import devices, process, storage
@@ -39,11 +39,14 @@ from internals.results import Files, ResultFolder
 from methods import METHODS
 from overlap_scores import floor_of
 from runs import Run, TrainedNetworks
+from sanity_scores import Magnitudes
 
 FILES = Files(
     record="sanity.json",
     part=["sanity_f{}.csv"],
+    progress=["findings_f{}.csv"],
     summary=["sanity.csv", "sanity_summary.csv", "sanity.png"],
+    facts=["findings_sha256", "device_per_fold"],
 )
 
 
@@ -51,7 +54,7 @@ def get_parser() -> argparse.ArgumentParser:
     """The options of this command."""
     parser = utils.ArgumentParser(__doc__)
     number, whole = utils.bounded(int, at_least=0), utils.bounded(int, at_least=1)
-    add = parser.add_argument
+    orders, add = list(randomizing.ORDERS), parser.add_argument
     add("--maps", type=Path, default=Path("heatmaps"), metavar="DIR", help="holds the METHOD folders")
     add("--modelpath", type=Path, default=Path("models"), metavar="DIR", help="output of train_cv.py")
     add("--second-run", type=Path, metavar="DIR", help="the same scans trained on with another --seed")
@@ -60,27 +63,31 @@ def get_parser() -> argparse.ArgumentParser:
     add("--fold", type=utils.bounded(int, at_least=2), help="number of folds (default: the run's, else 5)")
     add("--mask", type=Path, metavar="NIFTI", help="the brain (default: where the mean scan is above 0)")
     add("--scans-per-fold", type=whole, default=4, metavar="N", help="test scans of each fold")
-    add(
-        "--orders",
-        choices=randomizing.ORDERS,
-        nargs="*",
-        default=list(randomizing.ORDERS),
-        help="in which layers are drawn anew, beside all layers at once",
-    )
+    words = "in which layers are drawn anew, step by step; none: only all layers at once, as is always done"
+    add("--orders", choices=orders, nargs="*", default=orders, help=words)
     add("--repeats", type=whole, default=3, metavar="N", help="draws of new weights, and of orders by chance")
     add("--outpath", type=Path, metavar="DIR", help="where to write (default: --maps)")
     add("--device", default="auto", help="GPU number, cpu, cuda:N, mps or auto")
     add("--run-folds", type=number, nargs="+", metavar="I", help="only these folds")
     add("--seed", type=utils.SEED, default=0, help="of scans, weights, orders and intervals")
-    add("--overwrite", action="store_true", help="remove an earlier panel, or its --run-folds, first")
+    add("--overwrite", action="store_true", help="remove earlier findings, or those of --run-folds, first")
     return parser
 
 
-# Before any check --------------------------------------------------------------------------------
+# The maps ----------------------------------------------------------------------------------------
 
 
-def read_use(maps: MethodMaps, networks: TrainedNetworks) -> Use | None:
-    """How a METHOD folder's maps were made; None where no network was explained.
+def find_maps(folder: Path) -> list[MethodMaps]:
+    """The METHODs whose maps are to be checked; floors for others are left out, and named."""
+    found = brain_maps.find_maps(folder)
+    floors = [maps.name for maps in found if floor_of(maps.name)]
+    if floors:
+        print(f"left out, as floors for others: {', '.join(floors)}")
+    return [maps for maps in found if maps.name not in floors]
+
+
+def read_recipe(maps: MethodMaps, networks: TrainedNetworks) -> Recipe | None:
+    """How a METHOD's maps were made, from map.json; None where no network was explained.
 
     Raises:
         InputError: no record, a damaged one, or one of other scans, folds or weights than the run's.
@@ -91,7 +98,7 @@ def read_use(maps: MethodMaps, networks: TrainedNetworks) -> Use | None:
     record = storage.read_json(file)
     with blaming(file):
         for name, what in brain_maps.DIGESTS.items():
-            if storage.entry(record, name, str) != run.cohort.identity[name]:
+            if record.get(name, run.cohort.identity[name]) != run.cohort.identity[name]:
                 raise InputError(f"is of another run: of other {what} than {run.folder}")
         if "model" not in record:
             return None
@@ -104,47 +111,61 @@ def read_use(maps: MethodMaps, networks: TrainedNetworks) -> Use | None:
         options = methods.recorded_options(method, given)
         target = storage.entry(given, "target", str, lambda rule: rule in TARGETS)
         seed = storage.entry(given, "seed", int, lambda value: 0 <= value < 2**32)
-    return Use(METHODS[method], options, target, seed)
+        methods.check_options(method, options, run.model, run.cohort.grid.voxel_sizes)
+    return Recipe(METHODS[method], options, target, seed)
 
 
-def without_floors(found: Sequence[MethodMaps]) -> list[MethodMaps]:
-    """The METHODs that are no floors for others; the others are named."""
-    floors = [maps.name for maps in found if floor_of(maps.name)]
-    if floors:
-        print(f"left out, as floors for others: {', '.join(floors)}")
-    return [maps for maps in found if maps.name not in floors]
+def find_recipes(found: Sequence[MethodMaps], networks: TrainedNetworks, folder: Path) -> dict[str, Recipe]:
+    """How the maps of every METHOD that explains networks were made; InputError where there is none."""
+    recipes = {maps.name: recipe for maps in found if (recipe := read_recipe(maps, networks))}
+    if not recipes:
+        raise InputError(f"--maps {folder}: expected maps of heatmap.py that are not floors for others")
+    return recipes
 
 
-def maps_identity(found: Sequence[MethodMaps], uses: Mapping[str, Use]) -> dict[str, Any]:
-    """What tells the maps that are checked from others: how they were made, or what they are."""
-    files = {maps.name: [maps.files[maps.name, str(fold)] for fold in range(maps.folds)] for maps in found}
-    made = {
-        name: {"options": use.options, "target": use.target, "seed": use.seed} for name, use in uses.items()
-    }
-    return {
-        f"maps of {name}": made[name] if name in made else [storage.file_sha256(file) for file in files[name]]
-        for name in files
-    }
+def read_magnitudes(maps: MethodMaps, brain: np.ndarray, cohort: Cohort) -> list[Magnitudes]:
+    """The maps of a METHOD's folds."""
+    files = {(maps.name, str(fold)): maps.files[maps.name, str(fold)] for fold in range(maps.folds)}
+    return [Magnitudes(values) for values in brain_maps.read_maps(files, brain, cohort.grid).values()]
+
+
+def identity_of(found: Sequence[MethodMaps], recipes: Mapping[str, Recipe]) -> dict[str, Any]:
+    """What tells the maps from others: how they were made or, of the scans alone, their content."""
+    identity: dict[str, Any] = {}
+    for maps in found:
+        if maps.name in recipes:
+            _, options, target, seed = recipes[maps.name]
+            identity[f"maps of {maps.name}"] = {"options": options, "target": target, "seed": seed}
+        else:
+            files = [maps.files[maps.name, str(fold)] for fold in range(maps.folds)]
+            identity[f"maps of {maps.name}"] = [storage.file_sha256(file) for file in files]
+    return {"methods": [maps.name for maps in found], "maps": identity}
+
+
+# Networks and scans ------------------------------------------------------------------------------
 
 
 def find_second(folder: Path | None, run: Run) -> TrainedNetworks | None:
     """The networks of another run of the same scans; InputError where it is not such."""
     if folder is None:
         return None
-    second = runs.find_run(folder, None, None, None)
-    for name in ("csv_sha256", "scans_sha256"):
-        if second.cohort.identity[name] != run.cohort.identity[name]:
-            raise InputError(
-                f"--second-run {folder}: is of other {brain_maps.DIGESTS[name]} than {run.folder}"
-            )
-    if second.model != run.model:
-        raise InputError(f"--second-run {folder}: is of {second.model}, {run.folder} of {run.model}")
-    networks = TrainedNetworks(second)
-    if networks.digest(0) == TrainedNetworks(run).digest(0):
+    if not (folder / "run.json").exists():
+        raise InputError(f"--second-run {folder}: holds no run.json; train_cv.py writes one")
+    second = runs.find_run(folder, run.cohort.csv, None, None)
+    if (second.model, second.permuted) != (run.model, run.permuted):
+        names = [f"{each.model}{' on permuted labels' if each.permuted else ''}" for each in (second, run)]
+        raise InputError(f"--second-run {folder}: is of {names[0]}, {run.folder} of {names[1]}")
+    networks, folds = TrainedNetworks(second), range(second.cohort.k)
+    networks.check(folds)
+    second.cohort.check_controls(folds, f"--second-run {folder}")
+    if weights_of(networks) == weights_of(TrainedNetworks(run)):
         raise InputError(f"--second-run {folder}: has the same networks as {run.folder}")
-    networks.check(range(second.cohort.k))
-    second.cohort.check_controls(range(second.cohort.k), f"--second-run {folder}")
     return networks
+
+
+def weights_of(networks: TrainedNetworks | None) -> list[str | None]:
+    """SHA-256 of every fold's weights."""
+    return [networks.digest(fold) for fold in range(networks.run.cohort.k)] if networks else []
 
 
 def check_scans(cohort: Cohort, count: int) -> None:
@@ -166,61 +187,65 @@ def choose_scans(cohort: Cohort, fold: int, count: int, seed: int) -> list[int]:
     return sorted(int(row) for row in drawn[order[:count]])
 
 
-def read_folds(maps: MethodMaps, brain: np.ndarray, cohort: Cohort) -> list[np.ndarray]:
-    """The magnitudes of a METHOD's fold maps at the voxels of the brain, (V,) each."""
-    files = {(maps.name, str(fold)): maps.files[maps.name, str(fold)] for fold in range(maps.folds)}
-    return list(brain_maps.read_maps(files, brain, cohort.grid).values())
+# The findings ------------------------------------------------------------------------------------
 
 
-# What is written ---------------------------------------------------------------------------------
-
-
-def read_rows(folder: Path, folds: Sequence[int]) -> pd.DataFrame:
-    """The findings of some folds; InputError where a file is damaged."""
-    parts = []
-    for fold in folds:
-        file = folder / FILES.part[0].format(fold)
-        texts = dict.fromkeys(("method", "check", "setting", "path", "subject"), str)
-        try:
-            # a METHOD may be called "NA", a setting or a path be empty: only a value may be missing
-            part = pd.read_csv(
-                file,
-                dtype=texts | {"fold": int, "value": float},
-                keep_default_na=False,
-                na_values={"value": [""]},
-            )
-        except (OSError, ValueError) as problem:
-            raise InputError(f"{file}: cannot be read ({problem})") from problem
-        if list(part.columns) != sanity_scores.COLUMNS or (part["fold"] != fold).any():
-            raise InputError(f"{file}: is damaged: expected the columns {', '.join(sanity_scores.COLUMNS)}")
-        parts.append(part)
-    return pd.concat(parts, ignore_index=True)
+def read_findings(file: Path) -> pd.DataFrame:
+    """The findings in a file of this command; none where it does not exist."""
+    if not file.exists():
+        return pd.DataFrame(columns=sanity_scores.COLUMNS)
+    try:
+        # all as text: a METHOD may be called "NA", and a number is to be the very same again
+        table = pd.read_csv(file, dtype=str, keep_default_na=False, index_col=False)
+        if list(table.columns) != sanity_scores.COLUMNS:
+            raise ValueError(f"expected the columns {', '.join(sanity_scores.COLUMNS)}")
+        values = [float(value or "nan") for value in table["value"]]
+        return table.assign(fold=[int(fold) for fold in table["fold"]], value=values)
+    except (OSError, ValueError) as problem:
+        raise InputError(f"{file}: cannot be read ({problem})") from problem
 
 
 def check_part(folder: Path, fold: int) -> None:
-    """Raise InputError where the findings of a finished fold are damaged."""
-    read_rows(folder, [fold])
+    """Raise InputError where the findings of a finished fold are not as they were written."""
+    digests = storage.entry(storage.read_json(folder / FILES.record), "findings_sha256", dict)
+    file = folder / FILES.part[0].format(fold)
+    if digests.get(str(fold)) != storage.file_sha256(file):
+        raise InputError(f"{file}: is not as it was written; --overwrite starts again")
 
 
-def read_summary(file: Path) -> pd.DataFrame:
-    """The summary that this call or an earlier one wrote."""
-    try:
-        return pd.read_csv(file, keep_default_na=False, na_values=[""])
-    except (OSError, ValueError) as problem:
-        raise InputError(f"{file}: cannot be read ({problem})") from problem
+def check_fold(
+    panel: Panel, fold: int, rows: list[int], of_scans: Mapping[str, list[Magnitudes]], results: ResultFolder
+) -> None:
+    """Check test scans of a fold, but for those that an interrupted call finished; write the findings."""
+    file, progress = (results.path / name.format(fold) for name in (*FILES.part, *FILES.progress))
+    found = read_findings(progress)
+    finished = set(found["scan"])
+    rows = [row for row in rows if panel.cohort.table["path"][row] not in finished]
+    for of_scan in panel.check_fold(fold, rows):
+        found = pd.concat([found, of_scan]) if len(found) else of_scan
+        storage.write_csv(found, progress)
+    others = [compare_folds(name, maps, fold) for name, maps in of_scans.items()]
+    storage.write_csv(pd.concat([found, *others]), file)
+    device = devices.describe(panel.device)
+    results.finish(fold, findings_sha256=storage.file_sha256(file), device_per_fold=device)
+
+
+def read_all(folder: Path, k: int) -> pd.DataFrame:
+    """The findings of all folds."""
+    files = [folder / FILES.part[0].format(fold) for fold in range(k)]
+    return pd.concat([read_findings(file) for file in files], ignore_index=True)
 
 
 def summary_text(summary: pd.DataFrame) -> str:
     """The summary as people read it."""
 
     def cells(name: str) -> list[str]:
-        ends = zip(summary[name], summary[f"{name}_low"], summary[f"{name}_high"], strict=True)
-        return [
-            ""
-            if math.isnan(mean)
-            else f"{mean:.2f}" + ("" if math.isnan(low) else f" [{low:.2f}, {high:.2f}]")
+        ends = zip(*(summary[name + end] for end in ("", "_low", "_high")), strict=True)
+        told = [
+            (f"{mean:.2f}", "" if math.isnan(low) else f" [{low:.2f}, {high:.2f}]")
             for mean, low, high in ends
         ]
+        return ["" if mean == "nan" else mean + interval for mean, interval in told]
 
     columns = {name.replace("_", " "): cells(name) for name in sanity_scores.SUMMARY}
     table = pd.DataFrame({"method": summary["method"], **columns, "verdict": summary["verdict"]})
@@ -228,26 +253,25 @@ def summary_text(summary: pd.DataFrame) -> str:
     return shown.to_string(index=False)
 
 
-def report(rows: pd.DataFrame, seed: int, folder: Path) -> None:
-    """Write what is made of all folds."""
-    summary = sanity_scores.summarize(rows, seed)
-    storage.write_csv(rows, folder / "sanity.csv")
-    storage.write_csv(summary, folder / "sanity_summary.csv")
-    figures.draw_sanity(rows, summary, folder / "sanity.png")
-
-
-def say_state(results: ResultFolder) -> None:
-    """Print the summary, or what is still to be checked."""
-    unfinished, folder = results.unfinished(), results.path
+def report(results: ResultFolder, k: int, seed: int) -> None:
+    """Write and print what is made of all folds, or print which are missing."""
+    with results.summary() as due:
+        if due:
+            rows = read_all(results.path, k)
+            summary = sanity_scores.summarize(rows, seed)
+            storage.write_csv(rows, results.path / "sanity.csv")
+            storage.write_csv(summary, results.path / "sanity_summary.csv")
+            figures.draw_sanity(rows, summary, results.path / "sanity.png")
+    unfinished = results.unfinished()
     if unfinished:
         print(f"not checked yet: folds {unfinished}; the summary follows with the last fold")
         return
-    print("mean over subjects [95 % interval]; what the columns are: docs/sanity.md")
-    print(summary_text(read_summary(folder / "sanity_summary.csv")))
-    print(f"written to {folder}: {', '.join(FILES.summary)}")
+    print("mean over subjects [95 % interval]; docs/sanity.md says what the columns are:")
+    print(summary_text(sanity_scores.summarize(read_all(results.path, k), seed)))
+    print(f"written to {results.path}: {', '.join(FILES.summary)}")
 
 
-@utils.command("finished folds are saved; the same command, without --overwrite, goes on from there")
+@utils.command("finished scans are saved; the same command, without --overwrite, goes on from there")
 def main(argv: list[str] | None = None) -> int:
     """Check everything, then the maps of every fold; sum up."""
     args = get_parser().parse_args(argv)
@@ -255,44 +279,39 @@ def main(argv: list[str] | None = None) -> int:
     device = selfcheck.open_device(args.device)
     run = runs.find_run(args.modelpath, args.path, args.model, args.fold)
     cohort, networks, second = run.cohort, TrainedNetworks(run), find_second(args.second_run, run)
-    folds, chosen = range(cohort.k), utils.choose_folds(args.run_folds, cohort.k)
+    chosen = utils.choose_folds(args.run_folds, cohort.k)
     check_scans(cohort, args.scans_per_fold)
-    cohort.check_controls(folds, f"--modelpath {args.modelpath}")
-    networks.check(folds)
+    cohort.check_controls(range(cohort.k), f"--modelpath {args.modelpath}")
+    networks.check(range(cohort.k))
     devices.check_batch(1, models.largest_output(run.model, cohort.grid.shape), device)
-    found = without_floors(brain_maps.find_maps(args.maps))
-    uses = {maps.name: use for maps in found if (use := read_use(maps, networks))}
-    if not uses:
-        raise InputError(f"--maps {args.maps}: holds no maps of heatmap.py that are no floors")
+    found = find_maps(args.maps)
+    recipes = find_recipes(found, networks, args.maps)
     mask = args.mask or brain_maps.find_mean_scan(found)
     brain = voxelwise.read_mask(mask, cohort.grid)
-    others = {maps.name: maps for maps in found if maps.name not in uses}
-    of_scans = {name: read_folds(maps, brain, cohort) for name, maps in others.items()}
-    asked = {name: getattr(args, name) for name in ("scans_per_fold", "orders", "repeats", "seed")}
-    made_from = {f"weights of fold {fold}": networks.digest(fold) for fold in folds}
-    made_from["mask"] = storage.file_sha256(mask)
-    made_from["second run"] = second.digest(0) if second else None
-    identity = asked | cohort.identity | {"made_from": made_from | maps_identity(found, uses)}
-    folder, only = args.outpath or args.maps, args.run_folds and chosen
-    results = ResultFolder(folder, FILES, folds, identity, {}, only, args.overwrite)
-    results.check(partial(check_part, folder))
+    others = [maps for maps in found if maps.name not in recipes]
+    of_scans = {maps.name: read_magnitudes(maps, brain, cohort) for maps in others}
 
-    about = {"csv": str(cohort.csv), "modelpath": str(run.folder.resolve())}
-    work = devices.describe_batch(1, cohort.grid.shape, run.model, device)
-    with process.out_of_memory(work, "give a smaller --mask"), results.at_work(about) as missing:
+    orders = [order for order in randomizing.ORDERS if order in args.orders]
+    identity = {name: getattr(args, name) for name in ("scans_per_fold", "repeats", "seed")}
+    identity |= {
+        "orders": orders,
+        "mask_sha256": storage.file_sha256(mask),
+        "weights_sha256": weights_of(networks),
+    }
+    identity |= {"second_run_sha256": weights_of(second)} | cohort.identity | identity_of(found, recipes)
+    folder, only = args.outpath or args.maps, args.run_folds and chosen
+    results = ResultFolder(folder, FILES, range(cohort.k), identity, {}, only, args.overwrite)
+    results.check(partial(check_part, folder))
+    about = {"csv": str(cohort.csv), "modelpath": str(run.folder.resolve()), "mask": str(mask.resolve())}
+    work = f"one scan of {'x'.join(map(str, cohort.grid.shape))} voxels, {run.model}, on {device}"
+    with process.out_of_memory(work, "use --device cpu, or fewer METHODs"), results.at_work(about) as missing:
         scans = cohort.open_scans(Cache("reuse", args.modelpath / "cache"))
-        panel = Panel(uses, networks, second, scans, brain, args.orders, args.repeats, args.seed, device)
+        panel = Panel(recipes, networks, second, scans, brain, orders, args.repeats, args.seed, device)
         utils.say_kept(chosen, missing)
         for fold in missing:
             rows = choose_scans(cohort, fold, args.scans_per_fold, args.seed)
-            parts = [panel.check_fold(fold, rows)]
-            parts += [compare_folds(name, maps, fold) for name, maps in of_scans.items()]
-            storage.write_csv(pd.concat(parts), folder / FILES.part[0].format(fold))
-            results.finish(fold)
-        with results.summary() as due:
-            if due:
-                report(read_rows(folder, folds), args.seed, folder)
-    say_state(results)
+            check_fold(panel, fold, rows, of_scans, results)
+        report(results, cohort.k, args.seed)
     return 0
 
 

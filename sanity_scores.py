@@ -1,6 +1,5 @@
 """What the checks of maps come to: how alike two maps are, intervals over subjects, a verdict in words."""
 
-from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -11,14 +10,17 @@ from brain_maps import RESERVED
 from overlap_scores import bootstrap_interval
 
 LARGEST = 0.05  # share of the voxels whose agreement is measured
-COLUMNS = ["method", "check", "setting", "fold", "path", "subject", "value"]
+COLUMNS = ["method", "check", "setting", "fold", "scan", "subject", "value"]
 EDGES, RANDOM = RESERVED  # orders of an edge filter and by chance, beside the METHODs
+ANOTHER = "another scan"  # the order of the same METHOD's map of another scan
 FILLINGS = ("zero", "controls")  # what a covered cube shows: nothing, or the mean of the training controls
 GAINS = ("deletion_gain_zero", "deletion_gain_controls", "insertion_gain_zero", "insertion_gain_controls")
 # of the summary, by column: the check and the setting ("" for all) that it is of
 SUMMARY = {
     "weights_rho": ("weights_all_spearman", ""),  # all layers drawn anew
-    **{gain: (gain, "random") for gain in GAINS},
+    **{gain: (gain, RANDOM) for gain in GAINS},
+    "deletion_gain_another": ("deletion_gain_controls", ANOTHER),
+    "insertion_gain_another": ("insertion_gain_controls", ANOTHER),
     "fold_spearman": ("fold_spearman", ""),
     "fold_dice5": ("fold_dice5", ""),
     "seed_spearman": ("seed_spearman", ""),
@@ -85,12 +87,12 @@ class Magnitudes:
 def summarize(rows: pd.DataFrame, seed: int) -> pd.DataFrame:
     """One row per METHOD: its checks with 95 % intervals over subjects, and a verdict.
 
-    A subject counts by the mean over its scans, draws and other networks. Values that are of no scan leave
-    no interval.
+    A subject counts by the mean over its scans, draws and other networks. One subject leaves no interval, nor
+    do values that are of no scan.
 
     Args:
         rows: columns as COLUMNS; `setting` of the gains is the order that they are over.
-        seed: of the bootstrap.
+        seed: of the bootstrap of `residual_median` and `zero_share`.
 
     Returns:
         Columns method, the keys of SUMMARY, each with _low and _high, and verdict; NaN where a check was not
@@ -108,14 +110,22 @@ def summarize(rows: pd.DataFrame, seed: int) -> pd.DataFrame:
 
 
 def _with_interval(name: str, rows: pd.DataFrame, seed: int) -> dict[str, float]:
-    """The mean over subjects, or their median where the name says so, and its interval."""
-    statistic = np.median if name.endswith("_median") else np.mean
+    """The mean over subjects, or their median where the name says so, and its interval.
+
+    Student's interval of the mean, as a bootstrap of few subjects is too narrow; of what cannot be normal,
+    the bootstrap's.
+    """
+    low, high = np.nan, np.nan
     rows = rows.dropna(subset="value")
-    if rows.empty:
-        return dict.fromkeys((name, f"{name}_low", f"{name}_high"), np.nan)
     values = rows.groupby("subject")["value"].mean().to_numpy()
-    low, high = bootstrap_interval(values, seed, statistic) if rows["subject"].all() else (np.nan, np.nan)
-    return {name: float(statistic(values)), f"{name}_low": float(low), f"{name}_high": float(high)}
+    statistic = np.median if name == "residual_median" else np.mean
+    if len(values) > 1 and name in ("residual_median", "zero_share"):
+        low, high = map(float, bootstrap_interval(values, seed, statistic))
+    elif len(values) > 1:
+        error = values.std(ddof=1) / np.sqrt(len(values))
+        low, high = values.mean() + stats.t.ppf([0.025, 0.975], len(values) - 1) * error
+    mean = float(statistic(values)) if len(values) else np.nan
+    return {name: mean, f"{name}_low": low, f"{name}_high": high}
 
 
 def verdict(row: dict[str, Any]) -> str:
@@ -127,6 +137,9 @@ def verdict(row: dict[str, Any]) -> str:
     said = []
     if np.isfinite(row[GAINS[0]]):
         said.append(_faithfulness(row))
+        own = [row[f"{way}_gain_another_low"] for way in ("deletion", "insertion")]
+        if "faithful with controls" in said[0] or said[0] == "faithful":
+            said += ["another scan's map does as well"] if max(own) <= 0 else []
     if row["weights_rho_low"] > ALIKE:
         said.append("does not depend on the weights")
     elif row["weights_rho_low"] > RATHER_ALIKE:
@@ -141,15 +154,12 @@ def verdict(row: dict[str, Any]) -> str:
 
 
 def _faithfulness(row: dict[str, Any]) -> str:
-    """How an order by the map compares with one by chance."""
-    better = [name for name in GAINS if row[f"{name}_low"] > 0]
-    worse = [name for name in GAINS if row[f"{name}_high"] < 0]
-    if worse:
-        return f"worse than chance by {_words(worse)}"
-    if len(better) == len(GAINS):
+    """How orders by the map compare with those by chance: a filling counts where both ways agree."""
+    ways = {filling: [name for name in GAINS if name.endswith(filling)] for filling in FILLINGS}
+    better = [filling for filling in FILLINGS if all(row[f"{name}_low"] > 0 for name in ways[filling])]
+    worse = [filling for filling in FILLINGS if all(row[f"{name}_high"] < 0 for name in ways[filling])]
+    if better == list(FILLINGS):
         return "faithful"
-    return f"faithful by {_words(better)} only" if better else "no more faithful than chance"
-
-
-def _words(gains: Sequence[str]) -> str:
-    return ", ".join(name.replace("_gain_", " to ") for name in gains)
+    said = [f"faithful with {better[0]} only"] if better else []
+    said += [f"worse than chance with {' and '.join(worse)}"] if worse else []
+    return "; ".join(said) or "no more faithful than chance"

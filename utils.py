@@ -1,6 +1,7 @@
 """What the commands share: options, progress bars, threads and seeds."""
 
 import argparse
+import math
 import random
 import sys
 from collections.abc import Callable, Collection, Iterable
@@ -57,10 +58,11 @@ def bounded(
     def parse(text: str) -> int | float:
         try:
             value = kind(text)
-        except ValueError:
-            value = float("nan")
+            finite = math.isfinite(value)
+        except (ValueError, OverflowError):
+            value, finite = math.nan, False
         inside = (
-            np.isfinite(value)
+            finite
             and (at_least is None or value >= at_least)
             and (above is None or value > above)
             and (at_most is None or value <= at_most)
@@ -117,6 +119,6 @@ def seed_everything(seed: int) -> None:
     torch.backends.cudnn.benchmark = False
 
 
-def own_seed(seed: int, number: int) -> int:
+def own_seed(seed: int, *numbers: int) -> int:
     """A seed of a fold's or scan's own, so that it comes out the same whichever others are run."""
-    return int(np.random.SeedSequence([seed, number]).generate_state(1)[0])
+    return int(np.random.SeedSequence([seed, *numbers]).generate_state(1)[0])

@@ -1,33 +1,52 @@
-"""sanity.py: every measure against plain PyTorch, impostors, going on, floors, a second run, mistakes."""
+"""sanity.py: what is written, which scans, going on, folds one by one, floors, a second run, mistakes.
+
+The measures are tested in test_checking.py.
+"""
 
 import itertools
 import json
 import shutil
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pandas as pd
 import pytest
-import torch
-from cohorts import LABELS, SUBJECTS, K, contents, load_network, load_volume, read_values
-from scipy import ndimage, stats
-from torch import Tensor
+from cohorts import MODEL, SUBJECTS, TRAINED, K, contents, load_volume, only_error, read_values
+from interruptions import ends_after
+from scipy import stats
 
-import dataset
 import faithfulness
 import heatmap
-import randomizing
 import runs
 import sanity
-import sanity_scores
 import svm
-import utils
-from checking import CALIBRATION
-from faithfulness import POINTS, WAYS
+import train_cv
+from internals import storage
+from methods import BASELINE, METHODS, STEPS, Method
 
-QUICK = ("--scans-per-fold", "1", "--repeats", "1", "--device", "cpu")
+QUICK = ["--scans-per-fold", "2", "--repeats", "1", "--device", "cpu", "--orders"]
 WRITTEN = {"sanity.json", "sanity_f0.csv", "sanity_f1.csv", *sanity.FILES.summary}
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _few_points():
+    """Curves of one point between the ends: on these scans a covered scan takes longer than a map."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(faithfulness, "SHARES", (1 / 8,))
+        patch.setattr(faithfulness, "POINTS", (0.0, 1 / 8, 1.0))
+        patch.setattr("checking.POINTS", (0.0, 1 / 8, 1.0))
+        yield
+
+
+@pytest.fixture(scope="module")
+def some_maps(maps, lively_run, tmp_path_factory) -> Path:
+    """Maps of Gradient, their floor, and an SVM's patterns; read only."""
+    folder = tmp_path_factory.mktemp("maps")
+    for name in ("Gradient", "Gradient-random"):
+        ignored = shutil.ignore_patterns("subjects")
+        shutil.copytree(maps / "Gradient", folder / name, ignore=ignored)
+    assert svm.main(["--modelpath", str(lively_run), "--outpath", str(folder), "--C", "1"]) == 0
+    return folder
 
 
 def check(maps: Path, modelpath: Path, outpath: Path, *options: str) -> int:
@@ -36,147 +55,80 @@ def check(maps: Path, modelpath: Path, outpath: Path, *options: str) -> int:
     )
 
 
-def some(maps: Path, folder: Path, *methods: str) -> Path:
-    """A folder of some METHODs' maps."""
-    for method in methods:
-        shutil.copytree(maps / method, folder / method, ignore=shutil.ignore_patterns("subjects"))
-    return folder
-
-
-def findings(folder: Path) -> pd.DataFrame:
-    """sanity.csv as it stands."""
-    return sanity.read_rows(folder, range(K))
-
-
 @pytest.fixture(scope="module")
-def panel(maps, lively_run, tmp_path_factory) -> Path:
-    """What is found of Gradient and LRP, and of an SVM's patterns; read only."""
-    folder = tmp_path_factory.mktemp("panel")
-    some(maps, folder / "maps", "Gradient", "LRP")
-    assert svm.main(["--modelpath", str(lively_run), "--outpath", str(folder / "maps"), "--C", "1"]) == 0
-    assert check(folder / "maps", lively_run, folder / "out", "--repeats", "2") == 0
+def done(some_maps, lively_run, tmp_path_factory) -> Path:
+    """The folder of everything; read only."""
+    folder = tmp_path_factory.mktemp("out")
+    assert check(some_maps, lively_run, folder) == 0
     return folder
 
 
-# The measures ------------------------------------------------------------------------------------
+# What is written ---------------------------------------------------------------------------------
 
 
-def plain_gradient(network: Any, volume: Tensor, target: int) -> np.ndarray:
-    """By autograd, (X, Y, Z)."""
-    scan = volume.clone().requires_grad_()
-    (gradient,) = torch.autograd.grad(network(scan)[0, target], scan)
-    return gradient[0, 0].numpy()
-
-
-def test_files(panel, lively_run):
-    assert set(contents(panel / "out")) == WRITTEN
-    record = json.loads((panel / "out/sanity.json").read_text())
+def test_files(done, lively_run, some_maps):
+    assert set(contents(done)) == WRITTEN
+    record = json.loads((done / "sanity.json").read_text())
     assert record["finished"] == [0, 1, "summary"]
-    assert (record["scans_per_fold"], record["repeats"], record["seed"]) == (1, 2, 0)
-    rows = findings(panel / "out")
-    assert set(rows["method"]) == {"Gradient", "LRP", "SVM", "edges", "random"}
-    summary = pd.read_csv(panel / "out/sanity_summary.csv")
-    assert summary["method"].tolist() == ["Gradient", "LRP", "SVM", "edges"]
-    run = runs.find_run(lively_run, None, None, None)
-    for fold, part in rows[rows["path"] != ""].groupby("fold"):
-        (path,) = part["path"].unique()
-        row = run.cohort.table.index[run.cohort.table["path"] == path].item()
-        assert row in run.cohort.scan_indices(fold, "test")
-        assert part["subject"].unique().tolist() == [SUBJECTS[row]]
-
-
-def test_agreement_and_covering_by_plain_pytorch(panel, lively_run, csv):
-    """Gradient maps by autograd, ranks by scipy, covered scans put through the network as they are."""
-    rows = findings(panel / "out")
-    mine = rows[(rows["method"] == "Gradient") & (rows["fold"] == 0)]
-    row = dataset.read_csv(csv)["path"].tolist().index(mine["path"].iloc[0])
-    networks = [load_network(lively_run / f"state_dict_f{fold}.pth") for fold in range(K)]
-    volume = load_volume(csv.parent / mine["path"].iloc[0])
-    brain = read_values(panel / "maps/LRP/mean_scan.nii.gz") > 0
-    own, other = (plain_gradient(network, volume, LABELS[row])[brain] for network in networks)
-    value = mine.set_index(["check", "setting"])["value"]
-    rho = stats.spearmanr(np.abs(own), np.abs(other)).statistic
-    assert value["fold_spearman", "fold 1"] == pytest.approx(rho, abs=1e-3)  # float32, and few near ties
-    count = round(0.05 * brain.sum())
-    sets = [set(np.argsort(-np.abs(values), kind="stable")[:count]) for values in (own, other)]
-    assert value["fold_dice5", "fold 1"] == pytest.approx(2 * len(sets[0] & sets[1]) / (2 * count), abs=2e-3)
-
-    run = runs.find_run(lively_run, None, None, None)
-    controls = [i for i in run.cohort.scan_indices(0, "train") if LABELS[i] == 0]
-    mean = torch.stack([load_volume(run.cohort.table["file"][i]) for i in controls]).mean(0)
-    cubes = faithfulness.divide(brain, run.cohort.grid.voxel_sizes)
-    seed = utils.own_seed(utils.own_seed(0, row), 0)
-    edges = ndimage.gaussian_gradient_magnitude(volume[0, 0].numpy(), 1)[brain]
-    orders = {
-        name: faithfulness.falling_order(values, cubes, seed)
-        for name, values in (("map", own), ("edges", edges))
-    }
-    inside = torch.from_numpy(brain)
-    for filling, way in itertools.product(sanity_scores.FILLINGS, WAYS):
-        shown = torch.zeros_like(volume) if filling == "zero" else mean
-        curves = {}
-        for name, places in orders.items():
-            logits = []
-            for share in POINTS:
-                few = 0 if share == 0 else max(round(share * len(places)), 1)
-                hidden = places[cubes] < few if way == "deletion" else places[cubes] >= few
-                scan = volume.clone()
-                replaced = torch.where(torch.from_numpy(hidden), shown[0, 0][inside], scan[0, 0][inside])
-                scan[0, 0][inside] = replaced
-                with torch.no_grad():
-                    logits.append(float(networks[0](scan)[0, LABELS[row]]))
-            curves[name] = np.array(logits)
-        found = [value[f"{way}_{filling}", str(share)] for share in POINTS]
-        assert np.allclose(found, curves["map"], atol=1e-4 * np.abs(curves["map"]).max())
-        sign = -1 if way == "deletion" else 1
-        gain = sign * (curves["map"] - curves["edges"])[1:-1].mean()
-        assert value[f"{way}_gain_{filling}", "edges"] == pytest.approx(gain, abs=1e-4)
-
-
-def test_new_weights_by_plain_pytorch(panel, lively_run, csv):
-    """The map of a network drawn anew by hand: randomizing.py has its own tests; here, which one it is."""
-    rows = findings(panel / "out")
-    mine = rows[(rows["method"] == "Gradient") & (rows["fold"] == 1)]
-    row = dataset.read_csv(csv)["path"].tolist().index(mine["path"].iloc[0])
-    network, volume = (
-        load_network(lively_run / "state_dict_f1.pth"),
-        load_volume(csv.parent / mine["path"].iloc[0]),
-    )
-    brain = read_values(panel / "maps/LRP/mean_scan.nii.gz") > 0
-    own = plain_gradient(network, volume, LABELS[row])[brain]
+    assert (record["methods"], record["orders"], record["repeats"]) == (["Gradient", "SVM"], [], 1)
+    rows = sanity.read_all(done, K)
+    assert set(rows["method"]) == {"Gradient", "SVM", "edges", "random"}
+    pd.testing.assert_frame_equal(sanity.read_findings(done / "sanity.csv"), rows)
+    summary = pd.read_csv(done / "sanity_summary.csv")
+    assert summary["method"].tolist() == ["Gradient", "SVM", "edges"]
     cohort = runs.find_run(lively_run, None, None, None).cohort
-    scans = [load_volume(cohort.table["file"][i]) for i in runs.calibration_scans(cohort, 1, CALIBRATION)]
-    value = mine.set_index(["check", "setting"])["value"]
-    settings = {
-        ("weights_all_spearman", "all layers, draw 1"): range(7),
-        ("weights_output_spearman", "block 0, draw 1"): range(7),
-        ("weights_output_spearman", "block 4, draw 1"): [4, 5, 6],
-        ("weights_input_spearman", "block 1, draw 1"): [0, 1],
-        ("weights_alone_spearman", "hidden, draw 1"): [5],
-    }
-    for setting, layers in settings.items():
-        seed = utils.own_seed(utils.own_seed(0, 1), 1)
-        drawn = randomizing.Randomizer(network, scans).randomize(layers, seed)
-        other = plain_gradient(drawn, volume, LABELS[row])[brain]
-        expected = stats.spearmanr(np.abs(own), np.abs(other)).statistic
-        assert value[setting] == pytest.approx(expected, abs=1e-3), setting
+    for fold, part in rows[rows["scan"] != ""].groupby("fold"):
+        chosen = sanity.choose_scans(cohort, int(fold), 2, seed=0)
+        assert part["scan"].unique().tolist() == cohort.table["path"][chosen].tolist()
+        assert part["subject"].unique().tolist() == [SUBJECTS[row] for row in chosen]
+    assert (rows["check"] == "weights_all_spearman").sum() == 4
+    assert not rows["check"].str.contains("weights_(?:output|input|alone)").any()
 
 
-def test_maps_are_those_of_the_folder(panel, lively_run, maps):
-    """The residuals and empty maps are those that heatmap.py found of the same scans, with its options."""
-    rows = findings(panel / "out")
-    for method in ("LRP", "Gradient"):
-        told = heatmap.read_subjects(maps / method).set_index("path")
-        for finding in rows[
-            (rows["method"] == method) & rows["check"].isin(["residual", "zero"])
-        ].itertuples():
-            assert finding.value == pytest.approx(told[finding.check][finding.path], rel=1e-3, nan_ok=True)
+def test_summary_is_printed(done, some_maps, lively_run, capsys):
+    before = contents(done)
+    assert check(some_maps, lively_run, done) == 0
+    out = capsys.readouterr().out
+    assert "left out, as floors for others: Gradient-random" in out
+    assert "fold 0: finished before, kept" in out
+    lines = [line.split() for line in out.splitlines()]
+    rho = pd.read_csv(done / "sanity_summary.csv").set_index("method").loc["Gradient", "weights_rho"]
+    (row,) = (line for line in lines if line[:1] == ["Gradient"])
+    assert row[1] == f"{rho:.2f}"
+    assert contents(done) == before
 
 
-def test_patterns_of_the_scans_alone_are_compared_between_folds(panel):
-    brain = read_values(panel / "maps/LRP/mean_scan.nii.gz") > 0
-    one, other = (np.abs(read_values(panel / f"maps/SVM/map_f{fold}.nii.gz")[brain]) for fold in range(K))
-    rows = findings(panel / "out")
+def test_maps_are_those_of_the_folder(lively_run, tmp_path, monkeypatch, csv):
+    """Made with the options, seeds, logits and baselines that map.json says, of the very scans."""
+    seen: list[tuple] = []
+
+    def toy(model, volume, target, steps, baseline, seeds):
+        sums = (round(float(values.double().sum()), 6) for values in (volume, baseline))
+        seen.append((*sums, int(target), steps, tuple(seeds)))
+        return volume - baseline
+
+    toys = Method(toy, (STEPS, BASELINE), ("baseline", "seeds"))
+    monkeypatch.setitem(METHODS, "TOY", toys)
+    options = ["--method", "TOY", "--steps", "7", "--baseline", "controls", "--target", "1", "--seed", "5"]
+    where = ["--modelpath", str(lively_run), "--outpath", str(tmp_path), "--device", "cpu"]
+    assert heatmap.main([*options, *where]) == 0
+    made = set(seen)
+    seen.clear()
+    assert check(tmp_path, lively_run, tmp_path) == 0
+    rows = sanity.read_all(tmp_path, K)
+    scans = rows.loc[rows["scan"] != "", "scan"].unique()
+    sums = {round(float(load_volume(csv.parent / path).double().sum()), 6) for path in scans}
+    assert sums <= {volume for volume, *_ in seen}
+    own = {call for call in seen if call in made}
+    assert {call[0] for call in own} >= sums  # by the scan's own fold, just as heatmap.py called it
+    assert {call[2:4] for call in seen} == {(1, 7)}
+    assert {call[4] for call in seen} <= {call[4] for call in made}
+
+
+def test_patterns_of_the_scans_alone_are_compared_between_folds(done, some_maps):
+    brain = read_values(some_maps / "Gradient/mean_scan.nii.gz") > 0
+    one, other = (np.abs(read_values(some_maps / f"SVM/map_f{fold}.nii.gz")[brain]) for fold in range(K))
+    rows = sanity.read_all(done, K)
     mine = rows[rows["method"] == "SVM"].set_index(["check", "fold", "setting"])["value"]
     assert mine["fold_spearman", 0, "fold 1"] == pytest.approx(
         stats.spearmanr(one, other).statistic, abs=1e-9
@@ -194,8 +146,96 @@ def test_scans_are_of_different_subjects_and_both_labels(lively_run):
         assert sorted(labels) == [0, 1]
         assert subjects.nunique() == 2
         (one,) = sanity.choose_scans(cohort, fold, 1, seed)
-        assert cohort.table["label"][one] == (fold % 2)
+        assert cohort.table["label"][one] == fold % 2
         every = sanity.choose_scans(cohort, fold, len(cohort.scan_indices(fold, "test")), seed)
         assert every == cohort.scan_indices(fold, "test")
-    drawn = {tuple(sanity.choose_scans(cohort, 0, 2, seed)) for seed in range(20)}
-    assert len(drawn) > 1
+    assert len({tuple(sanity.choose_scans(cohort, 0, 2, seed)) for seed in range(20)}) > 1
+
+
+# Going on ----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "call", [1, 3, 4], ids=["after a scan", "after the fold's", "after the other's first"]
+)
+def test_interrupted_panel_goes_on_with_the_next_scan(
+    call, done, some_maps, lively_run, tmp_path, monkeypatch
+):
+    """SIGTERM after the n-th table, each scan's, then the fold's: the rest is made, the same byte for byte."""
+    with monkeypatch.context() as patch:
+        ends_after(patch, storage, "write_csv", call)
+        assert check(some_maps, lively_run, tmp_path) == 143
+    explained: list[int] = []
+    honest = sanity.Panel._check_scan
+
+    def counted(self, fold, row, *rest):
+        explained.append(row)
+        return honest(self, fold, row, *rest)
+
+    monkeypatch.setattr(sanity.Panel, "_check_scan", counted)
+    assert check(some_maps, lively_run, tmp_path) == 0
+    assert len(explained) == {1: 3, 3: 2, 4: 1}[call]
+    found, expected = contents(tmp_path), contents(done)
+    assert {name: found[name] for name in WRITTEN} == {name: expected[name] for name in WRITTEN}
+    assert set(found) == WRITTEN
+
+
+def test_fold_by_fold(done, some_maps, lively_run, tmp_path, capsys):
+    assert check(some_maps, lively_run, tmp_path, "--run-folds", "1") == 0
+    assert "not checked yet: folds [0]" in capsys.readouterr().out
+    assert set(contents(tmp_path)) == {"sanity.json", "sanity_f1.csv"}
+    assert check(some_maps, lively_run, tmp_path, "--run-folds", "0") == 0
+    assert contents(tmp_path) == contents(done)
+
+
+def test_other_maps_or_networks_are_another_panel(done, some_maps, lively_run, tmp_path, capsys):
+    shutil.copytree(done, tmp_path / "out")
+    shutil.copytree(some_maps, tmp_path / "maps")
+    shutil.rmtree(tmp_path / "maps/SVM")
+    assert check(tmp_path / "maps", lively_run, tmp_path / "out") == 2
+    assert "methods (['Gradient', 'SVM'] there, ['Gradient'] now)" in only_error(capsys.readouterr().err)
+    shutil.copytree(some_maps / "SVM", tmp_path / "maps/SVM")
+    shutil.copy(some_maps / "SVM/map_f0.nii.gz", tmp_path / "maps/SVM/map_f1.nii.gz")
+    assert check(tmp_path / "maps", lively_run, tmp_path / "out") == 2
+    assert "maps of SVM (" in only_error(capsys.readouterr().err)
+    assert contents(tmp_path / "out") == contents(done)
+
+
+# A second run ------------------------------------------------------------------------------------
+
+
+def test_second_run(done, some_maps, lively_run, csv, tmp_path, capsys):
+    second = tmp_path / "second"
+    assert train_cv.main(["--path", str(csv), "--outpath", str(second), *TRAINED, "--seed", "4"]) == 0
+    assert check(some_maps, lively_run, tmp_path / "out", "--second-run", str(second)) == 0
+    rows, before = sanity.read_all(tmp_path / "out", K), sanity.read_all(done, K)
+    new = rows["check"].str.startswith("seed_")
+    pd.testing.assert_frame_equal(rows[~new].reset_index(drop=True), before)
+    cohort = runs.find_run(second, None, None, None).cohort
+    for row in rows[new].itertuples():
+        scan = cohort.table.index[cohort.table["path"] == row.scan].item()
+        fold = next(fold for fold in range(K) if scan in cohort.scan_indices(fold, "test"))
+        assert row.setting == f"fold {fold} of the second run"
+    assert new.sum() == 8
+    summary = pd.read_csv(tmp_path / "out/sanity_summary.csv").set_index("method")
+    assert summary.loc["Gradient", ["seed_spearman", "seed_dice5"]].notna().all()
+
+    capsys.readouterr()
+    for other, words in {
+        lively_run: "has the same networks as",
+        tmp_path / "out": "holds no run.json",
+        retrained(csv, tmp_path, "--permute-labels"): f"is of {MODEL} on permuted labels, ",
+        retrained(csv, tmp_path, "--model", "modelB1"): "is of modelB1, ",
+    }.items():
+        capsys.readouterr()
+        assert check(some_maps, lively_run, tmp_path / "new", "--second-run", str(other)) == 2
+        assert f"--second-run {other}: {words}" in only_error(capsys.readouterr().err)
+        assert not (tmp_path / "new").exists()
+
+
+def retrained(csv: Path, folder: Path, *options: str) -> Path:
+    """Another run of the cohort, of one epoch."""
+    outpath = folder / options[0].strip("-")
+    command = ["--path", str(csv), "--outpath", str(outpath), *TRAINED, "--epochs", "1", *options]
+    assert train_cv.main(command) == 0
+    return outpath

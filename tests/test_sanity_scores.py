@@ -56,18 +56,18 @@ def table(*findings: tuple[Any, ...]) -> pd.DataFrame:
 
 
 def test_subjects_count_once():
-    """Subject a by the mean over three values, b by one: (2 + 6) / 2, not the mean of four."""
+    """Subject a by the mean over three values, b by one: (2 + 6) / 2, not the mean of all; Student's."""
     values = [("a", 1.0), ("a", 2.0), ("a", 3.0), ("b", 6.0), ("b", NAN)]
     rows = [finding("M", "fold_dice5", f"fold {i}", v, who) for i, (who, v) in enumerate(values)]
     (row,) = summarize(table(*rows), seed=0).to_dict("records")
     assert row["fold_dice5"] == 4
-    assert (row["fold_dice5_low"], row["fold_dice5_high"]) == (2, 6)  # a pair drawn is aa in a quarter of all
+    interval = stats.ttest_1samp([2, 6], 0).confidence_interval()
+    assert (row["fold_dice5_low"], row["fold_dice5_high"]) == pytest.approx(interval)
     assert np.isnan(row["weights_rho"])
 
 
 def test_each_column_takes_its_check_and_setting_alone():
-    checks = {check: setting or "any" for check, setting in SUMMARY.values()}
-    rows = [finding("M", check, setting, n) for n, (check, setting) in enumerate(checks.items())]
+    rows = [finding("M", check, setting or "any", n) for n, (check, setting) in enumerate(SUMMARY.values())]
     rows += [finding("M", gain, "edges", 100) for gain in GAINS]
     rows += [finding("M", "weights_output_spearman", "block 0, draw 0", 100)]
     rows += [finding("random", "deletion_zero", "0.5", 100)]
@@ -82,14 +82,18 @@ def test_median_of_the_residuals():
     assert (row["residual_median"], row["residual_median_low"], row["residual_median_high"]) == (0.2, 0.1, 9)
 
 
-def test_interval_is_the_bootstraps():
-    """95 % of the means of samples of 30 subjects, against the normal approximation."""
-    values = np.random.default_rng(3).normal(5, 2, 30)
-    rows = [finding("M", "fold_spearman", "fold 1", v, f"s{i}") for i, v in enumerate(values)]
+def test_share_is_bootstrapped():
+    """Of 12 subjects with two empty maps: 95 % of the draws of 12 have none to five."""
+    rows = [finding("M", "zero", "", float(i < 2), f"s{i}") for i in range(12)]
     (row,) = summarize(table(*rows), seed=0).to_dict("records")
-    error = values.std() / np.sqrt(30)
-    assert row["fold_spearman_low"] == pytest.approx(values.mean() - 1.96 * error, abs=0.15 * error)
-    assert row["fold_spearman_high"] == pytest.approx(values.mean() + 1.96 * error, abs=0.15 * error)
+    ends = stats.binom(12, 1 / 6).ppf([0.025, 0.975]) / 12
+    assert (row["zero_share_low"], row["zero_share_high"]) == pytest.approx(ends)
+
+
+def test_one_subject_leaves_no_interval():
+    (row,) = summarize(table(finding("M", "fold_spearman", "fold 1", 0.5)), seed=0).to_dict("records")
+    assert row["fold_spearman"] == 0.5
+    assert np.isnan([row["fold_spearman_low"], row["fold_spearman_high"]]).all()
 
 
 def test_values_of_no_scan_have_no_interval():
@@ -101,7 +105,10 @@ def test_values_of_no_scan_have_no_interval():
 
 
 GOOD = dict.fromkeys(GAINS, 1.0) | {"weights_rho": 0.3, "fold_dice5": 0.3, "zero_share": 0.0}
-GOOD |= {"residual_median": 0.01}
+GOOD |= {"residual_median": 0.01, "deletion_gain_another": 1.0, "insertion_gain_another": 1.0}
+
+
+ANOTHER = {"deletion_gain_another": 0.0, "insertion_gain_another": 0.0}
 
 
 @pytest.mark.parametrize(
@@ -112,11 +119,18 @@ GOOD |= {"residual_median": 0.01}
         ({"weights_rho": 0.95}, "faithful; does not depend on the weights"),
         ({"weights_rho": 0.6}, "faithful; depends little on the weights"),
         ({"fold_dice5": 0.07}, "faithful; other networks give other maps"),
+        (ANOTHER, "faithful; another scan's map does as well"),
+        ({"deletion_gain_another": 0.0}, "faithful"),
+        (ANOTHER | {GAINS[0]: 0.0}, "faithful with controls only; another scan's map does as well"),
+        (ANOTHER | {GAINS[1]: 0.0}, "faithful with zero only"),
         ({"zero_share": 0.25}, "faithful; 25% of the maps are zero"),
         ({"residual_median": 0.5}, "faithful; sums are off by 50%"),
         (dict.fromkeys(GAINS, 0.0), "no more faithful than chance"),
-        ({GAINS[1]: 0.0}, "faithful by deletion to zero, insertion to zero, insertion to controls only"),
-        ({GAINS[1]: -1.0}, "worse than chance by deletion to controls"),
+        ({GAINS[1]: 0.0}, "faithful with zero only"),
+        ({GAINS[2]: -1.0}, "faithful with controls only"),
+        ({GAINS[2]: 0.0, GAINS[3]: 0.0}, "no more faithful than chance"),
+        ({GAINS[0]: -1.0, GAINS[2]: -1.0}, "faithful with controls only; worse than chance with zero"),
+        (dict.fromkeys(GAINS, -1.0), "worse than chance with zero and controls"),
     ],
 )
 def test_verdict(changes, expected):

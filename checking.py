@@ -250,7 +250,7 @@ class Panel:
         return [utils.own_seed(self.recipes[name].seed, row)]
 
     def _inside(self, maps: Tensor, name: str) -> np.ndarray:
-        """The voxels of a map (1, 1, X, Y, Z) in the brain, (V,); FloatingPointError if they are not finite."""
+        """The brain's voxels of a map (1, 1, X, Y, Z), (V,); FloatingPointError if they are not finite."""
         values = maps[0, 0].cpu().numpy()[self.brain]
         if not np.isfinite(values).all():
             raise FloatingPointError(f"a map of {name} has values that are not finite")

@@ -31,6 +31,7 @@ K = 5
 TRAIN = ["--model", "modelB2", "--fold", K, "--epochs", 3, "--batch", 3, "--lr", 1e-3, "--device", "cpu"]
 TRAIN += ["--cache", "none", "--workers", 2]  # processes that outlive a killed parent for a while
 EXPLAIN = ["--method", "LRP", "--save-subjects", "--device", "cpu"]
+CHECK = ["--scans-per-fold", 1, "--repeats", 1, "--device", "cpu", "--orders"]
 ROUNDS = 3  # of the job array
 
 
@@ -136,6 +137,10 @@ def main() -> int:
         runs, maps = (top / "run", top / "run again"), (top / "maps" / "LRP", top / "maps again" / "LRP")
         rows["train_cv.py"] = torture([*train, str(runs[1])], runs[1], runs[0], args.kills, dice)
         rows["heatmap.py"] = torture([*explain, str(maps[1].parent)], maps[1], maps[0], args.kills, dice)
+        check = command("sanity.py", "--modelpath", top / "run", "--maps", top / "maps", *CHECK, "--outpath")
+        finish(start([*check, str(top / "panel")]))
+        panels = top / "panel", top / "panel again"
+        rows["sanity.py"] = torture([*check, str(panels[1])], panels[1], panels[0], args.kills, dice)
         rows["job array of 4"] = torture_array([*train, str(runs[1])], runs[1], runs[0], dice)
     columns = ["kills", "resumes", "files compared", "differences"]
     table = pd.DataFrame.from_dict(rows, orient="index", columns=columns)

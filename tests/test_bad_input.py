@@ -24,12 +24,13 @@ from cohorts import AFFINE, LABELS, MODEL, OBLIQUE, SHAPE, TRAINED, only_error, 
 
 import heatmap
 import overlap
+import sanity
 import simulate
 import svm
 import train_cv
 import ttest
 
-MODULES = (train_cv, heatmap, svm, ttest, overlap, simulate)
+MODULES = (train_cv, heatmap, svm, ttest, overlap, sanity, simulate)
 COMMANDS: dict[str, ModuleType] = {module.__name__: module for module in MODULES}
 COMPARE = "--maps heatmaps --reference truth.nii --mask mask.nii --smooth 0 --rank-smooth 0"
 GOOD = {  # arguments that work in the good folder
@@ -38,6 +39,7 @@ GOOD = {  # arguments that work in the good folder
     "svm": "--path data.csv --modelpath models --outpath out",
     "ttest": "--path data.csv --modelpath none --fold 4 --val-fraction 0.34 --outpath out",
     "overlap": f"{COMPARE} --outpath out",
+    "sanity": "--maps heatmaps --modelpath models --device cpu --scans-per-fold 1 --repeats 1 --outpath out",
     "simulate": "--subjects 4 --voxel 4 --outpath out",
 }
 VICTIM = "scans/003.nii"  # row 5 of data.csv
@@ -119,6 +121,12 @@ def record(path: str, **changes: object) -> Spoil:
 def folds(pattern: str, replacement: str) -> Spoil:
     """Other rows in the run's folds.csv."""
     return rewrite(FOLDS, lambda raw: re.sub(f"(?m){pattern}".encode(), replacement.encode(), raw))
+
+
+def only_a_floor() -> None:
+    """Of all maps, those of one METHOD stay, as a floor."""
+    shutil.move("heatmaps", "old")
+    shutil.move("old/LRP", "heatmaps/LRP-random")
 
 
 # The inputs ----------------------------------------------------------------------------------------
@@ -207,6 +215,34 @@ FILES: dict[str, list[tuple]] = {
         ("comparison, another", write("out/overlap.json", '{"seed": 1}'),
          f"overlap.json|seed (1 there, 0 now)|{OUT}"),
     ],
+    "sanity": [
+        ("no record, no --model", remove(RECORD), "run.json|--path and --model"),
+        ("checkpoint missing", remove(CHECKPOINT), f"{CHECKPOINT}: no such checkpoint"),
+        ("scan cut short", cut(VICTIM, 1000), f"1 of 12|{VICTIM}|claims"),
+        ("run, no controls to train on", folds(r"^1,train,(.*),0,", r"1,val,\1,0,"),
+         "--modelpath models: fold 1 has no controls"),
+        ("run, other folds", folds("^0,val", "0,train"), "heatmaps/GGC/map.json|another run|other folds than models"),
+        ("maps of nothing but a floor", only_a_floor,
+         "--maps heatmaps|expected maps of heatmap.py"),
+        ("maps without a record", remove(MAP_RECORD), f"{MAP_RECORD}: no such file"),
+        ("maps of other weights",
+         both(remove(CHECKPOINT), lambda: os.link("models/state_dict_f0.pth", CHECKPOINT)),
+         "map.json: is of another run: fold 1 of other weights than models"),
+        ("record of other scans", record(MAP_RECORD, scans_sha256="other"), "different scans"),
+        ("record damaged", write(MAP_RECORD, "{"), f"{MAP_RECORD}|JSON"),
+        ("record of no weights", record(MAP_RECORD, weights_sha256=3), "LRP/map.json|damaged|weights_sha256"),
+        ("record of an unknown method", record(MAP_RECORD, method="Saliency"), "LRP/map.json|damaged|Saliency"),
+        ("record of an unknown rule", record(MAP_RECORD, options={"target": "label", "rule": ["beta"]}),
+         f"{MAP_RECORD}|damaged|option rule is ['beta']"),
+        ("record of too many steps", record("heatmaps/IG/map.json", options={"target": "label", "steps": 0}),
+         "IG/map.json|damaged|option steps is 0"),
+        ("record of a layer that is not there",
+         record("heatmaps/GradCAM/map.json", options={"target": "label", "layer": 9}),
+         "GradCAM/map.json: --layer 9|5 blocks"),
+        ("record of no logit", record(MAP_RECORD, options={"target": "2"}), f"{MAP_RECORD}|damaged|target"),
+        ("panel, another", write("out/sanity.json", '{"seed": 1}'),
+         f"sanity.json|seed (1 there, 0 now)|{OUT}"),
+    ],
     "simulate": [
         ("record of something else", write("out/cohort.json", '{"subjects": 4}'),
          "cohort.json: not written by simulate.py", "--overwrite"),
@@ -225,7 +261,8 @@ ROWS += [
 ROWS += [
     Row(command, f"{option} {name}", spoil, f"other.nii: |{words}", f"{option} other.nii")
     for command, option in [
-        ("svm", "--mask"), ("ttest", "--mask"), ("overlap", "--mask"), ("overlap", "--reference")
+        ("svm", "--mask"), ("ttest", "--mask"), ("overlap", "--mask"), ("overlap", "--reference"),
+        ("sanity", "--mask"),
     ]
     for name, spoil, words in [
         ("missing", nothing, "no such file"),
@@ -242,7 +279,7 @@ ROWS += [
     for command, record_file, other in [
         ("train_cv", "run.json", "state_dict_f1.pth"), ("heatmap", "LRP/map.json", "LRP/map_f0.nii.gz"),
         ("svm", "SVM/map.json", "SVM/map_all.nii.gz"), ("ttest", "TTEST/map.json", "TTEST/map_f0.nii.gz"),
-        ("overlap", "overlap.json", "overlap.csv"),
+        ("overlap", "overlap.json", "overlap.csv"), ("sanity", "sanity.json", "sanity_f0.csv"),
         ("simulate", "cohort.json", "data.csv"),
     ]
     for name, *cells in [
@@ -283,6 +320,10 @@ NUMBERS = {
     "overlap": {
         "--reference-threshold": "nan inf", "--smooth": "-0.1 100.1", "--rank-smooth": "-0.1 100.1",
         "--seed": "-1 2.5",
+    },
+    "sanity": {
+        "--fold": "1 2.5", "--scans-per-fold": "0 2.5", "--repeats": "0 2.5", "--run-folds": "-1 2.5",
+        "--seed": "-1 4294967296 2.5",
     },
     "simulate": {"--subjects": "3 4.5", "--voxel": "0.9 4.1", "--seed": "-1 2.5", "--severity": "-0.1 10.1"},
 }
@@ -334,6 +375,15 @@ OPTIONS: dict[str, dict[str, str]] = {  # what is given after the good options, 
         "--maps scans": "--maps scans|METHOD",
         "--reference-threshold 1": "--reference truth.nii|no voxel|above 1",
         "--reference-threshold -1": "--reference truth.nii|every voxel|above -1",
+    },
+    "sanity": {
+        "--scans-per-fold 7": "--scans-per-fold 7: fold 0 has 6 test scans",
+        "--orders down": "--orders|output|input|alone",
+        "--maps none": "--maps none|METHOD", "--modelpath none": "--modelpath none|no such folder",
+        "--second-run scans": "--second-run scans: holds no run.json",
+        "--second-run models": "--second-run models: has the same networks as models",
+        "--model modelB1": f"--model modelB1|{MODEL}", "--fold 3": "--fold 3|2 folds",
+        "--run-folds 2": "--run-folds 2|0 to 1", f"--device {BEYOND}": f"--device {BEYOND}",
     },
     "simulate": {"": "--outpath|required"},
 }

@@ -232,6 +232,12 @@ def test_empty_map_is_covered_by_chance():
     assert mine["zero", ""] == 1
 
 
+def test_map_that_is_not_finite_ends_the_panel():
+    panel = panel_of(Endless=Method(lambda model, volume, target: volume / 0))
+    with pytest.raises(FloatingPointError, match="a map of Endless has values that are not finite"):
+        next(iter(panel.check_fold(FOLD, [ROW])))
+
+
 # Impostors ---------------------------------------------------------------------------------------
 
 

@@ -201,6 +201,16 @@ def test_other_maps_or_networks_are_another_panel(done, some_maps, lively_run, t
     assert contents(tmp_path / "out") == contents(done)
 
 
+def test_findings_that_were_edited_are_refused(done, some_maps, lively_run, tmp_path, capsys):
+    shutil.copytree(done, tmp_path / "out")
+    file = tmp_path / "out/sanity_f0.csv"
+    file.write_text(file.read_text().replace("deletion", "insertion", 1))
+    before = contents(tmp_path / "out")
+    assert check(some_maps, lively_run, tmp_path / "out") == 2
+    assert f"{file}: is not as it was written; --overwrite" in only_error(capsys.readouterr().err)
+    assert contents(tmp_path / "out") == before
+
+
 # A second run ------------------------------------------------------------------------------------
 
 

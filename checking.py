@@ -82,7 +82,7 @@ class Panel:
     repeats: int
     seed: int
     device: torch.device
-    _controls: dict[tuple[TrainedNetworks, int], Tensor] = field(default_factory=dict)
+    _controls: dict[tuple[bool, int], Tensor] = field(default_factory=dict)
 
     @property
     def cohort(self) -> Cohort:
@@ -158,7 +158,7 @@ class Panel:
 
     def _mean_control(self, networks: TrainedNetworks, fold: int) -> Tensor:
         """The mean of a fold's training controls, (1, 1, X, Y, Z)."""
-        key = networks, fold
+        key = networks is self.second, fold
         if key not in self._controls:
             mean = self.scans.mean(networks.run.cohort.training_controls(fold))
             self._controls[key] = torch.from_numpy(mean).to(self.device)[None, None]

@@ -3,6 +3,8 @@
 The networks are of a few filters on small scans, where float64 is quick.
 """
 
+import contextlib
+import copy
 import dataclasses
 import itertools
 import sys
@@ -16,6 +18,7 @@ import pandas as pd
 import pytest
 import torch
 from networks import CASES, assemble, random_network
+from places import over_places
 from scipy import ndimage, stats
 
 import checking
@@ -49,7 +52,7 @@ class Networks:
         self.run, self.models = SimpleNamespace(cohort=cohort), models
 
     def load(self, fold: int, scans: ScanDataset, device: torch.device) -> CNN3d:
-        return self.models[fold]
+        return copy.deepcopy(self.models[fold]).to(device)
 
 
 def cohort_of(n: int, k: int = 2, seed: int = 0) -> Cohort:
@@ -236,6 +239,27 @@ def test_map_that_is_not_finite_ends_the_panel():
     panel = panel_of(Endless=Method(lambda model, volume, target: volume / 0))
     with pytest.raises(FloatingPointError, match="a map of Endless has values that are not finite"):
         next(iter(panel.check_fold(FOLD, [ROW])))
+
+
+@over_places
+def test_panel_on_every_device(place):
+    """The same findings there, of float32 networks and scans; what is drawn is drawn on the CPU."""
+    networks: Any = Networks(COHORT, [random_network(CASE, seed).float() for seed in range(2)])
+    found = []
+    for where in (contextlib.nullcontext(CPU), place.entered()):
+        with where as device:
+            used = recipes(G=METHODS["Gradient"], I=METHODS["IG"], S=METHODS["SmoothGrad"])
+            used["I"].options.update(steps=2, baseline="controls")
+            used["S"].options.update(samples=2)
+            panel = Panel(used, networks, None, dataset_of(planted(N)), brain(), ["alone"], 1, 0, device)
+            found.append(next(iter(panel.check_fold(FOLD, [ROW]))))
+    expected, there = found
+    names = ["method", "check", "setting"]
+    assert there[names].equals(expected[names])
+    checks = there["check"].str.endswith(("residual", "dice5"))  # these may jump where rounding differs
+    assert np.allclose(there["value"][~checks], expected["value"][~checks], atol=2e-2, equal_nan=True)
+    if place.kind in ("cpu", "stand-in for cuda"):
+        assert np.allclose(there["value"], expected["value"], atol=1e-3, equal_nan=True)
 
 
 # Impostors ---------------------------------------------------------------------------------------

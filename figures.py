@@ -274,33 +274,53 @@ def draw_sanity(rows: pd.DataFrame, summary: pd.DataFrame, path: Path) -> None:
         path: the PNG to write.
     """
     styles = _styles([name for name in summary["method"] if name not in RESERVED])
-    figure, axes = _pyplot().subplots(2, 4, figsize=(17, 9), layout="constrained")
-    for axis, (order, words) in zip(axes[0], REDRAWN.items(), strict=False):
-        axis.set_title(f"new weights {words}", loc="left")
-        chosen = rows[rows["check"] == f"weights_{order}_spearman"]
-        _draw_new_weights(axis, chosen, styles, reverse=order == "output")
-    axes[0][0].set_ylabel("rank correlation with the network's own map")
     covered = set(rows.loc[rows["check"] == "deletion_zero", "method"])
     colours = {name: style["color"] if name in covered else "0.7" for name, style in styles.items()}
-    _draw_agreement(axes[0][3], summary[summary["fold_dice5"].notna()], colours)
-    for axis, (check, words) in zip(axes[1], COVERINGS.items(), strict=True):
+    redrawn = {f"weights_{order}_spearman": f"new weights {words}" for order, words in REDRAWN.items()}
+    redrawn = {check: words for check, words in redrawn.items() if check in set(rows["check"])}
+    figure = _pyplot().figure(figsize=(17, 9), layout="constrained")
+    above, below = _two_rows(figure, 2 + len(redrawn), len(COVERINGS))
+    _draw_column(above[0], summary, "weights_rho", colours)
+    above[0].set_ylabel("rank correlation with the network's own map")
+    above[0].set_title("new weights in all layers", loc="left")
+    for axis, (check, words) in zip(above[1:], redrawn.items(), strict=False):
+        axis.set_title(words, loc="left")
+        chosen = rows[rows["check"] == check]
+        _draw_new_weights(axis, chosen, styles, reverse=check == "weights_output_spearman")
+    _draw_column(above[-1], summary, "fold_dice5", colours)
+    above[-1].axhline(LARGEST, **styles["random"])
+    above[-1].set_title("other folds' networks: Dice of the largest 5 %", loc="left")
+    for axis, (check, words) in zip(below, COVERINGS.items(), strict=True):
         axis.set_title(words, loc="left")
         _draw_covering(axis, rows[rows["check"] == check], styles)
-    axes[1][0].set_ylabel("explained logit")
-    known: dict[str, Any] = {}
-    for axis in axes.flat:
+    below[0].set_ylabel("explained logit")
+    for axis in figure.axes:
         axis.spines[["top", "right"]].set_visible(False)
-        known |= {label: handle for handle, label in zip(*axis.get_legend_handles_labels(), strict=True)}
-    figure.legend(known.values(), known, loc="outside lower center", ncols=min(len(known), 8), frameon=False)
+    handles, labels = below[0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside lower center", ncols=min(len(labels), 8), frameon=False)
     _save(figure, path, dpi=110)
+
+
+def _two_rows(figure: Any, above: int, below: int) -> tuple[list[Any], list[Any]]:
+    """The axes of two rows, so many each, of equal width within a row."""
+    grid = figure.add_gridspec(2, above * below)
+    upper = [figure.add_subplot(grid[0, i * below : (i + 1) * below]) for i in range(above)]
+    lower = [figure.add_subplot(grid[1, i * above : (i + 1) * above]) for i in range(below)]
+    return upper, lower
+
+
+def _draw_column(axis: Any, summary: pd.DataFrame, column: str, colours: dict[str, str]) -> None:
+    """One check, METHOD by METHOD, with its intervals."""
+    known = summary[summary[column].notna()].set_index("method")
+    for place, (name, row) in enumerate(known.iterrows()):
+        axis.bar(place, row[column], color=colours[str(name)], alpha=0.75)
+        axis.vlines(place, row[f"{column}_low"], row[f"{column}_high"], "black", linewidth=1)
+    axis.set_xticks(range(len(known)), known.index, rotation=30, ha="right")
+    axis.set_ylim(0, 1)
 
 
 def _draw_new_weights(axis: Any, rows: pd.DataFrame, styles: dict[str, Any], reverse: bool) -> None:
     """Rank correlation by layer, from the scan to the logits, or in reverse."""
-    if rows.empty:
-        axis.text(0.5, 0.5, "not asked for (--orders)", ha="center", color="0.5", transform=axis.transAxes)
-        axis.set(xticks=[], yticks=[])
-        return
     layers = rows["setting"].str.split(",").str[0]
     order = sorted(set(layers), key=lambda name: (not name.startswith("block"), name), reverse=reverse)
     means = rows.assign(layer=layers).groupby(["method", "layer"])["value"].mean()
@@ -310,17 +330,6 @@ def _draw_new_weights(axis: Any, rows: pd.DataFrame, styles: dict[str, Any], rev
     axis.axhline(0, color="0.8", linewidth=1, zorder=0)
     axis.set_xticks(range(len(order)), order, rotation=30, ha="right")
     axis.set_ylim(-0.3, 1.03)
-
-
-def _draw_agreement(axis: Any, summary: pd.DataFrame, colours: dict[str, str]) -> None:
-    """Dice of the largest 5 % between folds' networks, METHOD by METHOD."""
-    for place, (name, row) in enumerate(summary.set_index("method").iterrows()):
-        axis.bar(place, row["fold_dice5"], color=colours[str(name)], alpha=0.75)
-        axis.vlines(place, row["fold_dice5_low"], row["fold_dice5_high"], "black", linewidth=1)
-    axis.axhline(LARGEST, color="0.35", linestyle="--")
-    axis.set_xticks(range(len(summary)), summary["method"], rotation=30, ha="right")
-    axis.set_ylim(0, 1)
-    axis.set_title("Dice of the largest 5 % between folds", loc="left")
 
 
 def _draw_covering(axis: Any, rows: pd.DataFrame, styles: dict[str, Any]) -> None:

@@ -17,6 +17,7 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
+import torch
 
 import brain_maps
 import figures
@@ -168,12 +169,16 @@ def weights_of(networks: TrainedNetworks | None) -> list[str | None]:
     return [networks.digest(fold) for fold in range(networks.run.cohort.k)] if networks else []
 
 
-def check_scans(cohort: Cohort, count: int) -> None:
-    """Raise InputError where a fold has fewer test scans than are asked for."""
-    for fold in range(cohort.k):
-        there = len(cohort.scan_indices(fold, "test"))
+def check_run(networks: TrainedNetworks, count: int, device: torch.device) -> None:
+    """Raise InputError where a fold lacks test scans or controls, or a network cannot be used."""
+    run, folds = networks.run, range(networks.run.cohort.k)
+    for fold in folds:
+        there = len(run.cohort.scan_indices(fold, "test"))
         if count > there:
             raise InputError(f"--scans-per-fold {count}: fold {fold} has {there} test scans")
+    run.cohort.check_controls(folds, f"--modelpath {run.folder}")
+    networks.check(folds)
+    devices.check_batch(1, models.largest_output(run.model, run.cohort.grid.shape), device)
 
 
 def choose_scans(cohort: Cohort, fold: int, count: int, seed: int) -> list[int]:
@@ -280,10 +285,7 @@ def main(argv: list[str] | None = None) -> int:
     run = runs.find_run(args.modelpath, args.path, args.model, args.fold)
     cohort, networks, second = run.cohort, TrainedNetworks(run), find_second(args.second_run, run)
     chosen = utils.choose_folds(args.run_folds, cohort.k)
-    check_scans(cohort, args.scans_per_fold)
-    cohort.check_controls(range(cohort.k), f"--modelpath {args.modelpath}")
-    networks.check(range(cohort.k))
-    devices.check_batch(1, models.largest_output(run.model, cohort.grid.shape), device)
+    check_run(networks, args.scans_per_fold, device)
     found = find_maps(args.maps)
     recipes = find_recipes(found, networks, args.maps)
     mask = args.mask or brain_maps.find_mean_scan(found)
@@ -302,16 +304,22 @@ def main(argv: list[str] | None = None) -> int:
     folder, only = args.outpath or args.maps, args.run_folds and chosen
     results = ResultFolder(folder, FILES, range(cohort.k), identity, {}, only, args.overwrite)
     results.check(partial(check_part, folder))
+    if results.is_finished():
+        print(f"{folder}: done before, kept")
+        report(results, cohort.k, args.seed)
+        return 0
+
     about = {"csv": str(cohort.csv), "modelpath": str(run.folder.resolve()), "mask": str(mask.resolve())}
     work = f"one scan of {'x'.join(map(str, cohort.grid.shape))} voxels, {run.model}, on {device}"
-    with process.out_of_memory(work, "use --device cpu, or fewer METHODs"), results.at_work(about) as missing:
+    with process.out_of_memory(work, "use --device cpu, or fewer METHODs"):
         scans = cohort.open_scans(Cache("reuse", args.modelpath / "cache"))
         panel = Panel(recipes, networks, second, scans, brain, orders, args.repeats, args.seed, device)
-        utils.say_kept(chosen, missing)
-        for fold in missing:
-            rows = choose_scans(cohort, fold, args.scans_per_fold, args.seed)
-            check_fold(panel, fold, rows, of_scans, results)
-        report(results, cohort.k, args.seed)
+        with results.at_work(about) as missing:
+            utils.say_kept(chosen, missing)
+            for fold in missing:
+                rows = choose_scans(cohort, fold, args.scans_per_fold, args.seed)
+                check_fold(panel, fold, rows, of_scans, results)
+            report(results, cohort.k, args.seed)
     return 0
 
 

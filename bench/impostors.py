@@ -88,7 +88,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--mask", type=Path, required=True, metavar="NIFTI", help="the brain")
     args = parser.parse_args(argv)
     with tempfile.TemporaryDirectory() as folder:
-        checked = ["--mask", str(args.mask), "--orders"]
+        checked = ["--mask", str(args.mask), "--scans-per-fold", "2", "--orders"]
         check(args.modelpath, Path(folder), ["--steps", "50"], checked)
     return 0
 

@@ -6,7 +6,7 @@
 Every folder holds what overlap.py and sanity.py wrote of a cohort whose truth is known. For each check, and
 for the mean rank of all that stand for something good, this prints Spearman's correlation over the METHODs
 with their Dice (mean map, at the smoothing of the ranking), cohort by cohort, and its mean over cohorts with
-a 95 % interval: percentiles of 10,000 draws of METHODs, the same ones in every cohort.
+a 95 % interval: percentiles of 1000 draws of METHODs, the same ones in every cohort.
 """
 
 import sys
@@ -22,7 +22,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import utils
 from sanity_scores import GAINS, SUMMARY
 
-DRAWS = 10_000
+DRAWS = 1000
 GOOD = [*GAINS, "deletion_gain_another", "insertion_gain_another", "fold_spearman", "fold_dice5"]
 WITH_CONTROLS = [name for name in GAINS if name.endswith("controls")]
 MEANS = {

@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """Time and memory of checking one scan of 193 x 229 x 193 voxels, METHOD by METHOD (modelA24, untrained).
 
-    python3 bench/panel.py
+    python3 bench/panel.py --method Gradient LRP
 
 Each row is a process of its own: one scan of one of two folds, all layers drawn anew once. That is four maps,
 and 12 curves of one order, of six points each. A scan of five folds takes 60 maps by default, and 9 with
@@ -83,6 +83,8 @@ def main() -> int:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
+    names = [*METHODS, *VARIANTS]
+    parser.add_argument("--method", nargs="+", choices=names, default=names, help="only these")
     parser.add_argument("--check", help=argparse.SUPPRESS)
     parser.add_argument("--cohort", type=Path, help=argparse.SUPPRESS)
     args = parser.parse_args()
@@ -91,7 +93,7 @@ def main() -> int:
         return 0
     with tempfile.TemporaryDirectory() as folder:
         simulate.main(["--outpath", folder, "--subjects", str(SUBJECTS), "--voxel", "1"])
-        rows = [measure(name, Path(folder)) for name in [*METHODS, *VARIANTS]]
+        rows = [measure(name, Path(folder)) for name in args.method]
     print(pd.DataFrame(rows).to_string(index=False, float_format="{:.2f}".format))
     return 0
 

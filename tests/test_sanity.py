@@ -90,7 +90,7 @@ def test_summary_is_printed(done, some_maps, lively_run, capsys):
     assert check(some_maps, lively_run, done) == 0
     out = capsys.readouterr().out
     assert "left out, as floors for others: Gradient-random" in out
-    assert "fold 0: finished before, kept" in out
+    assert f"{done}: done before, kept" in out
     lines = [line.split() for line in out.splitlines()]
     rho = pd.read_csv(done / "sanity_summary.csv").set_index("method").loc["Gradient", "weights_rho"]
     (row,) = (line for line in lines if line[:1] == ["Gradient"])

@@ -28,7 +28,7 @@ from sanity_scores import ANOTHER, COLUMNS, EDGES, FILLINGS, RANDOM, Magnitudes
 # as there are many such networks
 CALIBRATION = 8
 EDGE_WIDTH = 1.0  # voxels, the standard deviation of the edge filter's Gaussian
-WEIGHTS, ORDERS = range(2)  # what seeds are drawn for
+WEIGHTS_SEED, COVERING_SEED = range(2)  # what seeds are drawn for
 
 Finding = tuple[str, str, str, float]  # METHOD, check, setting, value
 
@@ -139,7 +139,7 @@ class Panel:
         for order, added, layers in randomizing.steps(len(model.blocks()), self.orders):
             checks.setdefault(layers, []).append((f"weights_{order}", added))
         for draw, (layers, served) in itertools.product(range(self.repeats), checks.items()):
-            copied = randomizer.randomize(layers, utils.own_seed(self.seed, WEIGHTS, fold, draw))
+            copied = randomizer.randomize(layers, utils.own_seed(self.seed, WEIGHTS_SEED, fold, draw))
             named = [(check, f"{added}, draw {draw}") for check, added in served]
             yield self._explained(self.networks, fold, named, copied)
 
@@ -232,7 +232,7 @@ class Panel:
             logit_of: the logit that each METHOD explains, and that RANDOM and EDGES are held against.
         """
         edges = ndimage.gaussian_gradient_magnitude(scan.volume[0, 0].cpu().numpy(), EDGE_WIDTH)[self.brain]
-        seeds = [utils.own_seed(self.seed, ORDERS, scan.row, draw) for draw in range(self.repeats)]
+        seeds = [utils.own_seed(self.seed, COVERING_SEED, scan.row, draw) for draw in range(self.repeats)]
         order = functools.partial(faithfulness.falling_order, cubes=self.cubes, seed=seeds[0])
         orders, another = ({name: order(values) for name, values in each.items()} for each in maps)
         orders[EDGES] = order(edges)

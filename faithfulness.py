@@ -14,7 +14,7 @@ from torch import Tensor
 from internals.folded import FoldedNetwork, bounding_box
 from models import CNN3d, evaluation_mode
 
-EDGE = 8.0  # mm, of the cubes
+CUBE = 8.0  # mm, of the cubes
 # of the brain, covered or uncovered: each step doubles, so that the map's largest values weigh most
 SHARES = (1 / 64, 1 / 32, 1 / 16, 1 / 8, 1 / 4, 1 / 2)
 POINTS = (0.0, *SHARES, 1.0)  # of a curve
@@ -31,7 +31,7 @@ def divide(brain: np.ndarray, voxel_sizes: Sequence[float]) -> np.ndarray:
     Returns:
         int (V,), the number of each voxel's cube, 0 ... C - 1.
     """
-    edges = np.maximum(np.rint(EDGE / np.asarray(voxel_sizes)), 1).astype(int)
+    edges = np.maximum(np.rint(CUBE / np.asarray(voxel_sizes)), 1).astype(int)
     places = np.argwhere(brain) // edges
     _, cubes = np.unique(np.ravel_multi_index(tuple(places.T), brain.shape), return_inverse=True)
     return cubes

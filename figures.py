@@ -316,7 +316,7 @@ def _draw_column(axis: Any, summary: pd.DataFrame, column: str, colours: dict[st
         axis.bar(place, row[column], color=colours[str(name)], alpha=0.75)
         axis.vlines(place, row[f"{column}_low"], row[f"{column}_high"], "black", linewidth=1)
     axis.set_xticks(range(len(known)), known.index, rotation=30, ha="right")
-    axis.set_ylim(0, 1)
+    axis.set_ylim(np.nanmin([0, *known[f"{column}_low"]]), 1)
 
 
 def _draw_new_weights(axis: Any, rows: pd.DataFrame, styles: dict[str, Any], reverse: bool) -> None:

@@ -130,16 +130,16 @@ def read_magnitudes(maps: MethodMaps, brain: np.ndarray, cohort: Cohort) -> list
     return [Magnitudes(values) for values in brain_maps.read_maps(files, brain, cohort.grid).values()]
 
 
-def identity_of(found: Sequence[MethodMaps], recipes: Mapping[str, Recipe]) -> dict[str, Any]:
-    """What tells the maps from others: how they were made or, of the scans alone, their content."""
+def maps_identity(found: Sequence[MethodMaps], recipes: Mapping[str, Recipe]) -> dict[str, Any]:
+    """What tells the maps from others: their content, and how they were made."""
     identity: dict[str, Any] = {}
     for maps in found:
+        files = [maps.files[maps.name, str(fold)] for fold in range(maps.folds)]
+        about: dict[str, Any] = {"sha256": [storage.file_sha256(file) for file in files]}
         if maps.name in recipes:
             _, options, target, seed = recipes[maps.name]
-            identity[f"maps of {maps.name}"] = {"options": options, "target": target, "seed": seed}
-        else:
-            files = [maps.files[maps.name, str(fold)] for fold in range(maps.folds)]
-            identity[f"maps of {maps.name}"] = [storage.file_sha256(file) for file in files]
+            about |= {"options": options, "target": target, "seed": seed}
+        identity[f"maps of {maps.name}"] = about
     return {"methods": [maps.name for maps in found], "maps": identity}
 
 
@@ -212,24 +212,29 @@ def read_findings(file: Path) -> pd.DataFrame:
 
 def check_part(folder: Path, fold: int) -> None:
     """Raise InputError where the findings of a finished fold are not as they were written."""
-    digests = storage.entry(storage.read_json(folder / FILES.record), "findings_sha256", dict)
-    file = folder / FILES.part[0].format(fold)
+    record, file = folder / FILES.record, folder / FILES.part[0].format(fold)
+    with blaming(record):
+        digests = storage.entry(storage.read_json(record), "findings_sha256", dict)
     if digests.get(str(fold)) != storage.file_sha256(file):
         raise InputError(f"{file}: is not as it was written; --overwrite starts again")
 
 
-def check_fold(
-    panel: Panel, fold: int, rows: list[int], of_scans: Mapping[str, list[Magnitudes]], results: ResultFolder
+def write_fold(
+    panel: Panel,
+    fold: int,
+    rows: list[int],
+    scans_alone: Mapping[str, list[Magnitudes]],
+    results: ResultFolder,
 ) -> None:
     """Check test scans of a fold, but for those that an interrupted call finished; write the findings."""
     file, progress = (results.path / name.format(fold) for name in (*FILES.part, *FILES.progress))
     found = read_findings(progress)
     finished = set(found["scan"])
     rows = [row for row in rows if panel.cohort.table["path"][row] not in finished]
-    for of_scan in panel.check_fold(fold, rows):
-        found = pd.concat([found, of_scan]) if len(found) else of_scan
+    for table in panel.check_fold(fold, rows):
+        found = pd.concat([found, table]) if len(found) else table
         storage.write_csv(found, progress)
-    others = [compare_folds(name, maps, fold) for name, maps in of_scans.items()]
+    others = [compare_folds(name, maps, fold) for name, maps in scans_alone.items()]
     storage.write_csv(pd.concat([found, *others]), file)
     device = devices.describe(panel.device)
     results.finish(fold, findings_sha256=storage.file_sha256(file), device_per_fold=device)
@@ -290,8 +295,10 @@ def main(argv: list[str] | None = None) -> int:
     recipes = find_recipes(found, networks, args.maps)
     mask = args.mask or brain_maps.find_mean_scan(found)
     brain = voxelwise.read_mask(mask, cohort.grid)
+    if not args.mask:
+        print("no --mask: the voxels where the mean scan is above 0")
     others = [maps for maps in found if maps.name not in recipes]
-    of_scans = {maps.name: read_magnitudes(maps, brain, cohort) for maps in others}
+    scans_alone = {maps.name: read_magnitudes(maps, brain, cohort) for maps in others}
 
     orders = [order for order in randomizing.ORDERS if order in args.orders]
     identity = {name: getattr(args, name) for name in ("scans_per_fold", "repeats", "seed")}
@@ -300,7 +307,7 @@ def main(argv: list[str] | None = None) -> int:
         "mask_sha256": storage.file_sha256(mask),
         "weights_sha256": weights_of(networks),
     }
-    identity |= {"second_run_sha256": weights_of(second)} | cohort.identity | identity_of(found, recipes)
+    identity |= {"second_run_sha256": weights_of(second)} | cohort.identity | maps_identity(found, recipes)
     folder, only = args.outpath or args.maps, args.run_folds and chosen
     results = ResultFolder(folder, FILES, range(cohort.k), identity, {}, only, args.overwrite)
     results.check(partial(check_part, folder))
@@ -309,16 +316,17 @@ def main(argv: list[str] | None = None) -> int:
         report(results, cohort.k, args.seed)
         return 0
 
-    about = {"csv": str(cohort.csv), "modelpath": str(run.folder.resolve()), "mask": str(mask.resolve())}
+    places = {"maps": args.maps, "modelpath": run.folder, "second_run": args.second_run, "mask": mask}
+    about = {"csv": str(cohort.csv)} | {name: path and str(path.resolve()) for name, path in places.items()}
     work = f"one scan of {'x'.join(map(str, cohort.grid.shape))} voxels, {run.model}, on {device}"
-    with process.out_of_memory(work, "use --device cpu, or fewer METHODs"):
+    with process.out_of_memory(work, "use --device cpu, or give --maps fewer METHODs"):
         scans = cohort.open_scans(Cache("reuse", args.modelpath / "cache"))
         panel = Panel(recipes, networks, second, scans, brain, orders, args.repeats, args.seed, device)
         with results.at_work(about) as missing:
             utils.say_kept(chosen, missing)
             for fold in missing:
                 rows = choose_scans(cohort, fold, args.scans_per_fold, args.seed)
-                check_fold(panel, fold, rows, of_scans, results)
+                write_fold(panel, fold, rows, scans_alone, results)
             report(results, cohort.k, args.seed)
     return 0
 

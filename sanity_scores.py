@@ -60,9 +60,9 @@ def largest(magnitudes: np.ndarray) -> np.ndarray:
 
 
 def dice(one: np.ndarray, other: np.ndarray) -> float:
-    """Dice of two sets, bool (V,) each; NaN where both are empty."""
-    size = int(one.sum()) + int(other.sum())
-    return 2 * int((one & other).sum()) / size if size else np.nan
+    """Dice of two sets, bool (V,) each; NaN where either is empty."""
+    sizes = int(one.sum()), int(other.sum())
+    return 2 * int((one & other).sum()) / sum(sizes) if all(sizes) else np.nan
 
 
 class Magnitudes:
@@ -129,17 +129,17 @@ def _with_interval(name: str, rows: pd.DataFrame, seed: int) -> dict[str, float]
 
 
 def verdict(row: dict[str, Any]) -> str:
-    """What the checks of a METHOD say, in words; an interval decides, not a mean.
+    """What the checks of a METHOD say, in words: by their intervals, but for empty maps and residuals.
 
     Args:
         row: as `summarize` makes it.
     """
     said = []
     if np.isfinite(row[GAINS[0]]):
-        said.append(_faithfulness(row))
+        better, worse = _faithful_with(row)
+        said += _faithfulness(better, worse)
         own = [row[f"{way}_gain_another_low"] for way in ("deletion", "insertion")]
-        if "faithful with controls" in said[0] or said[0] == "faithful":
-            said += ["another scan's map does as well"] if max(own) <= 0 else []
+        said += ["another scan's map does as well"] if "controls" in better and max(own) <= 0 else []
     if row["weights_rho_low"] > ALIKE:
         said.append("does not depend on the weights")
     elif row["weights_rho_low"] > RATHER_ALIKE:
@@ -153,13 +153,18 @@ def verdict(row: dict[str, Any]) -> str:
     return "; ".join(said) or "explains no network"
 
 
-def _faithfulness(row: dict[str, Any]) -> str:
-    """How orders by the map compare with those by chance: a filling counts where both ways agree."""
+def _faithful_with(row: dict[str, Any]) -> tuple[list[str], list[str]]:
+    """The fillings with which the map's order is better than chance both ways, and worse both ways."""
     ways = {filling: [name for name in GAINS if name.endswith(filling)] for filling in FILLINGS}
     better = [filling for filling in FILLINGS if all(row[f"{name}_low"] > 0 for name in ways[filling])]
     worse = [filling for filling in FILLINGS if all(row[f"{name}_high"] < 0 for name in ways[filling])]
+    return better, worse
+
+
+def _faithfulness(better: list[str], worse: list[str]) -> list[str]:
+    """The same in words."""
     if better == list(FILLINGS):
-        return "faithful"
+        return ["faithful"]
     said = [f"faithful with {better[0]} only"] if better else []
     said += [f"worse than chance with {' and '.join(worse)}"] if worse else []
-    return "; ".join(said) or "no more faithful than chance"
+    return said or ["no more faithful than chance"]

@@ -4,8 +4,7 @@
     python3 bench/panel.py --method Gradient LRP
 
 Each row is a process of its own: one scan of one of two folds, all layers drawn anew once. That is four maps,
-and 12 curves of one order, of six points each. A scan of five folds takes 60 maps by default, and 9 with
---orders and nothing after it.
+and 100 forward passes of covered scans. docs/sanity.md says how many a scan takes by default.
 """
 
 import argparse

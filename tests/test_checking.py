@@ -38,8 +38,6 @@ from models import CNN3d
 sys.path.append(str(Path(checking.__file__).parent / "bench"))
 import impostors
 
-sys.path.append(str(Path(checking.__file__).parent / "bench"))
-
 CASE = CASES["A two blocks"]
 SIZES = (4.0, 5.0, 3.0)  # of a voxel, in mm
 CPU = torch.device("cpu")
@@ -141,7 +139,7 @@ def test_new_weights(found):
         *[("alone", name, [layer]) for layer, name in enumerate(["block 0", "block 1", "hidden", "output"])],
     ]:  # fmt: skip
         for draw in range(2):
-            seed = utils.own_seed(0, checking.WEIGHTS, FOLD, draw)
+            seed = utils.own_seed(0, checking.WEIGHTS_SEED, FOLD, draw)
             copied = randomizing.Randomizer(model, scans).randomize(layers, seed)
             expected[f"weights_{order}_spearman", f"{name}, draw {draw}"] = rho(
                 plain_gradient(model), plain_gradient(copied)
@@ -172,7 +170,7 @@ def test_other_networks(found, second):
 @pytest.mark.parametrize(("filling", "way"), list(itertools.product(sanity_scores.FILLINGS, WAYS)))
 def test_covering(found, filling, way):
     """The plain network on scans whose voxels are replaced one by one; edges and chance from the same."""
-    inside, seeds = brain(), [utils.own_seed(0, checking.ORDERS, ROW, draw) for draw in range(2)]
+    inside, seeds = brain(), [utils.own_seed(0, checking.COVERING_SEED, ROW, draw) for draw in range(2)]
     cubes = faithfulness.divide(inside, SIZES)
     model, scan = random_network(CASE, FOLD), VOLUMES[ROW]
     controls = [row for row in COHORT.scan_indices(FOLD, "train") if row % 2 == 0]
@@ -223,9 +221,11 @@ def test_each_method_explains_its_own_logit():
         assert rows[name, "deletion_zero", "0.0"] == pytest.approx(logit, rel=1e-10)
 
 
-def test_empty_map_is_covered_by_chance():
-    """It gets the first order by chance, and no rank correlation."""
+@pytest.mark.parametrize("target", ["label", "0", "1"])
+def test_empty_map_is_covered_by_chance(target):
+    """It gets the first order by chance, whatever logit is explained, and is like no other map."""
     panel = panel_of(Empty=Method(lambda model, volume, target: torch.zeros_like(volume)))
+    panel.recipes = {"Empty": panel.recipes["Empty"]._replace(target=target)}
     panel.orders, panel.repeats = [], 1
     (rows,) = panel.check_fold(FOLD, [ROW])
     mine = rows[rows["method"] == "Empty"].set_index(["check", "setting"])["value"]
@@ -233,6 +233,16 @@ def test_empty_map_is_covered_by_chance():
     assert gains.tolist() == [0, 0, 0, 0]
     assert mine[mine.index.get_level_values(0).str.contains("spearman|dice5")].isna().all()
     assert mine["zero", ""] == 1
+
+
+def test_mean_controls_are_those_of_each_runs_folds(second):
+    panel = panel_of(second=second)
+    for networks in (panel.networks, second):
+        for fold in range(2):
+            rows = [row for row in networks.run.cohort.scan_indices(fold, "train") if row % 2 == 0]
+            for _ in range(2):  # kept from the first call on
+                found = panel._mean_control(networks, fold)[0, 0].numpy()
+                assert np.allclose(found, VOLUMES[rows].mean(0), atol=1e-6)
 
 
 def test_map_that_is_not_finite_ends_the_panel():

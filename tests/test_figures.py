@@ -1,14 +1,17 @@
 """figures.py: the pictures."""
 
+import itertools
 import warnings
 from pathlib import Path
 
 import nibabel as nib
 import numpy as np
+import pandas as pd
 import pytest
 from cohorts import AFFINE, contents
 
 import figures
+import sanity_scores
 
 SHAPE = (16, 17, 18)
 SCAN = np.random.default_rng(0).random(SHAPE)
@@ -37,3 +40,47 @@ def test_maps_are_drawn_under_the_outline_of_a_reference(tmp_path):
     scan = nib.Nifti1Image(SCAN, AFFINE)
     figures.draw_overlap_maps(values, reference[brain], brain, scan, "title", tmp_path / "map.png")
     check_picture(tmp_path)
+
+
+def found(orders: tuple[str, ...]) -> pd.DataFrame:
+    """Findings of two METHODs, whose curves and correlations are told apart by their height."""
+    rows = []
+    for height, (name, subject) in enumerate(itertools.product(("LRP", "NA"), ("a", "b")), 1):
+        layers = {"output": ["output", "hidden", "block 1", "block 0"], "alone": ["block 0", "block 1"]}
+        checks = [(f"weights_{order}_spearman", f"{layer}, draw 0", height / 10 + n / 100)
+                  for order in orders for n, layer in enumerate(layers[order])]  # fmt: skip
+        checks += [("weights_all_spearman", "all layers, draw 0", -0.1), ("fold_dice5", "fold 1", 0.2)]
+        checks += [
+            (check, str(share), height + share) for check in figures.COVERINGS for share in (0, 0.125, 0.5, 1)
+        ]
+        checks += [(gain, "random", 1.0) for gain in sanity_scores.GAINS]
+        rows += [(name, *check[:2], 0, f"{subject}.nii", subject, check[2]) for check in checks]
+    return pd.DataFrame(rows, columns=sanity_scores.COLUMNS)
+
+
+@pytest.mark.parametrize("orders", [(), ("output", "alone")])
+def test_panel_shows_layers_in_their_order_and_curves_between_their_ends(tmp_path, monkeypatch, orders):
+    drawn = []
+    monkeypatch.setattr(figures, "_save", lambda figure, path, dpi: drawn.append(figure))
+    rows = found(orders)
+    summary = sanity_scores.summarize(rows, 0)
+    figures.draw_sanity(rows, summary, tmp_path / "map.png")
+    (figure,) = drawn
+    above, below = figure.axes[: 2 + len(orders)], figure.axes[2 + len(orders) :]
+    assert [axis.get_title("left") for axis in below] == list(figures.COVERINGS.values())
+    assert [bar.get_height() for bar in above[0].patches] == pytest.approx([-0.1, -0.1])
+    assert above[0].get_ylim()[0] < 0  # they are seen
+    for axis in below:
+        assert [text.get_text() for text in axis.get_xticklabels()] == ["1/8", "1/2"]
+        heights = {line.get_label(): line.get_ydata().tolist() for line in axis.lines}
+        assert heights == {"LRP": pytest.approx([1.625, 2.0]), "NA": pytest.approx([3.625, 4.0])}
+    if orders:
+        names = [[text.get_text() for text in axis.get_xticklabels()] for axis in above[1:-1]]
+        assert names == [["output", "hidden", "block 1", "block 0"], ["block 0", "block 1"]]
+        line = above[1].lines[0]
+        assert line.get_ydata().tolist() == pytest.approx([0.15, 0.16, 0.17, 0.18])
+
+
+def test_many_methods_have_colours():
+    styles = figures._styles([f"m{i}" for i in range(50)])
+    assert len(styles) == 52

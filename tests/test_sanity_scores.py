@@ -41,7 +41,8 @@ def test_largest_five_percent():
 def test_dice_of_the_largest():
     one, other = np.arange(100.0), np.roll(np.arange(100.0), 2)  # 95 to 99; there, 3 of these are among the 5
     assert Magnitudes(one).dice5(Magnitudes(-other)) == 2 * 3 / 10
-    assert dice(np.array([True, False]), np.array([False, False])) == 0
+    assert dice(np.array([True, False]), np.array([False, True])) == 0
+    assert np.isnan(dice(np.array([True, False]), np.zeros(2, bool)))  # of an empty map nothing is known
     assert np.isnan(dice(np.zeros(3, bool), np.zeros(3, bool)))
 
 

@@ -49,6 +49,26 @@ FILES = Files(
     summary=["sanity.csv", "sanity_summary.csv", "sanity.png"],
     facts=["findings_sha256", "device_per_fold"],
 )
+# of the columns of the summary where people read it
+HEADINGS = {
+    "weights_rho": "rho",
+    "deletion_gain_zero": "del zero",
+    "deletion_gain_controls": "del ctrl",
+    "deletion_gain_another": "del other",
+    "insertion_gain_zero": "ins zero",
+    "insertion_gain_controls": "ins ctrl",
+    "insertion_gain_another": "ins other",
+    "fold_spearman": "fold rho",
+    "fold_dice5": "fold Dice",
+    "seed_spearman": "seed rho",
+    "seed_dice5": "seed Dice",
+    "residual_median": "residual",
+    "zero_share": "empty",
+}
+LEGEND = """\
+means over subjects; sanity_summary.csv has their 95 % intervals, docs/sanity.md says more
+rho: with the maps of new weights; del, ins: gain by deletion and insertion, with zeros or the mean control,
+over chance, or over another scan's map (other); * its interval does not hold 0; fold, seed: other networks"""
 
 
 def get_parser() -> argparse.ArgumentParser:
@@ -247,17 +267,14 @@ def read_all(folder: Path, k: int) -> pd.DataFrame:
 
 
 def summary_text(summary: pd.DataFrame) -> str:
-    """The summary as people read it."""
+    """The summary as people read it; the intervals stay in the file, but for whether they hold zero."""
 
-    def cells(name: str) -> list[str]:
-        ends = zip(*(summary[name + end] for end in ("", "_low", "_high")), strict=True)
-        told = [
-            (f"{mean:.2f}", "" if math.isnan(low) else f" [{low:.2f}, {high:.2f}]")
-            for mean, low, high in ends
-        ]
-        return ["" if mean == "nan" else mean + interval for mean, interval in told]
+    def cell(row: Mapping[Any, Any], name: str) -> str:
+        starred = "_gain_" in name and row[f"{name}_low"] * row[f"{name}_high"] > 0
+        return "" if math.isnan(row[name]) else f"{row[name]:.2f}{'*' if starred else ''}"
 
-    columns = {name.replace("_", " "): cells(name) for name in sanity_scores.SUMMARY}
+    rows = summary.to_dict("records")
+    columns = {heading: [cell(row, name) for row in rows] for name, heading in HEADINGS.items()}
     table = pd.DataFrame({"method": summary["method"], **columns, "verdict": summary["verdict"]})
     shown = table.loc[:, (table != "").any()]  # no column that says nothing
     return shown.to_string(index=False)
@@ -276,7 +293,7 @@ def report(results: ResultFolder, k: int, seed: int) -> None:
     if unfinished:
         print(f"not checked yet: folds {unfinished}; the summary follows with the last fold")
         return
-    print("mean over subjects [95 % interval]; docs/sanity.md says what the columns are:")
+    print(LEGEND)
     print(summary_text(sanity_scores.summarize(read_all(results.path, k), seed)))
     print(f"written to {results.path}: {', '.join(FILES.summary)}")
 

@@ -39,7 +39,7 @@ VARIANTS = {"LRP-composite": ("LRP", {"rule": "composite"}), "IG-controls": ("IG
 def check(name: str, folder: Path) -> None:
     """Check one scan by one METHOD; print the seconds of a map, how many there were, and of all."""
     process.keep_freed_memory()
-    cohort = dataset.new_cohort(folder / "data.csv", 2, "stratified", 0.34, seed=0)
+    cohort = dataset.new_cohort(folder / "data.csv", 2, "stratified", 0.5, seed=0)
     method_name, options = VARIANTS.get(name, (name, {}))
     method, seconds = METHODS[method_name], list[float]()
 

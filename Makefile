@@ -5,7 +5,7 @@
 # make bench      speed and memory against the published way; bench-quick: of a small network
 # make device DEVICE=0  what a device computes, against float64 on the CPU, and whether it waits for scans
 # make slopes     how time and memory grow with subjects, steps and voxels, and the comparison at 1 mm, about 25 minutes
-# make torture    kills training, maps and a job array at random moments, and compares, about 9 minutes
+# make torture    kills training, maps, their checks and a job array at random moments, and compares
 # make test       all tests
 # make fuzz       random damage to every file that is read: a result or a clear error; about 10 minutes
 # make lint       formatting, rules and types

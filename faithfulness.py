@@ -80,8 +80,8 @@ class CoveredScan:
         inside = torch.from_numpy(brain).to(volume.device)
         with evaluation_mode(model):
             self.network = FoldedNetwork(model, volume.shape[2:], bounding_box(volume, inside[None, None]))
-        box = self.network.input_box
-        self.inside = inside[box]  # all that a covered scan differs in, and all else that is not zero
+        box = self.network.input_box  # around all that is covered, and all else that is not zero
+        self.inside = inside[box]
         self.head, self.filling = volume[:, :, *box], filling[0, 0][box][self.inside]
         self.cubes = cubes
         none = np.zeros(cubes.max() + 1, bool)

@@ -39,7 +39,7 @@ from internals.errors import InputError, blaming
 from internals.results import Files, ResultFolder
 from methods import METHODS
 from overlap_scores import floor_of
-from runs import Run, TrainedNetworks
+from runs import TrainedNetworks
 from sanity_scores import Magnitudes
 
 FILES = Files(
@@ -49,7 +49,7 @@ FILES = Files(
     summary=["sanity.csv", "sanity_summary.csv", "sanity.png"],
     facts=["findings_sha256", "device_per_fold"],
 )
-# of the columns of the summary where people read it
+# what the summary's columns are called where people read it
 HEADINGS = {
     "weights_rho": "rho",
     "deletion_gain_zero": "del zero",
@@ -144,18 +144,21 @@ def find_recipes(found: Sequence[MethodMaps], networks: TrainedNetworks, folder:
     return recipes
 
 
+def fold_maps(maps: MethodMaps) -> dict[tuple[str, str], Path]:
+    """The files of a METHOD's fold maps, by method and fold."""
+    return {key: file for key, file in maps.files.items() if key[1].isdecimal()}
+
+
 def read_magnitudes(maps: MethodMaps, brain: np.ndarray, cohort: Cohort) -> list[Magnitudes]:
     """The maps of a METHOD's folds."""
-    files = {(maps.name, str(fold)): maps.files[maps.name, str(fold)] for fold in range(maps.folds)}
-    return [Magnitudes(values) for values in brain_maps.read_maps(files, brain, cohort.grid).values()]
+    return [Magnitudes(each) for each in brain_maps.read_maps(fold_maps(maps), brain, cohort.grid).values()]
 
 
 def maps_identity(found: Sequence[MethodMaps], recipes: Mapping[str, Recipe]) -> dict[str, Any]:
     """What tells the maps from others: their content, and how they were made."""
     identity: dict[str, Any] = {}
     for maps in found:
-        files = [maps.files[maps.name, str(fold)] for fold in range(maps.folds)]
-        about: dict[str, Any] = {"sha256": [storage.file_sha256(file) for file in files]}
+        about: dict[str, Any] = {"sha256": [storage.file_sha256(file) for file in fold_maps(maps).values()]}
         if maps.name in recipes:
             _, options, target, seed = recipes[maps.name]
             about |= {"options": options, "target": target, "seed": seed}
@@ -166,10 +169,11 @@ def maps_identity(found: Sequence[MethodMaps], recipes: Mapping[str, Recipe]) ->
 # Networks and scans ------------------------------------------------------------------------------
 
 
-def find_second(folder: Path | None, run: Run) -> TrainedNetworks | None:
+def find_second(folder: Path | None, first: TrainedNetworks) -> TrainedNetworks | None:
     """The networks of another run of the same scans; InputError where it is not such."""
     if folder is None:
         return None
+    run = first.run
     if not (folder / "run.json").exists():
         raise InputError(f"--second-run {folder}: holds no run.json; train_cv.py writes one")
     second = runs.find_run(folder, run.cohort.csv, None, None)
@@ -179,7 +183,7 @@ def find_second(folder: Path | None, run: Run) -> TrainedNetworks | None:
     networks, folds = TrainedNetworks(second), range(second.cohort.k)
     networks.check(folds)
     second.cohort.check_controls(folds, f"--second-run {folder}")
-    if weights_of(networks) == weights_of(TrainedNetworks(run)):
+    if weights_of(networks) == weights_of(first):
         raise InputError(f"--second-run {folder}: has the same networks as {run.folder}")
     return networks
 
@@ -281,20 +285,20 @@ def summary_text(summary: pd.DataFrame) -> str:
 
 
 def report(results: ResultFolder, k: int, seed: int) -> None:
-    """Write and print what is made of all folds, or print which are missing."""
-    with results.summary() as due:
-        if due:
-            rows = read_all(results.path, k)
-            summary = sanity_scores.summarize(rows, seed)
-            storage.write_csv(rows, results.path / "sanity.csv")
-            storage.write_csv(summary, results.path / "sanity_summary.csv")
-            figures.draw_sanity(rows, summary, results.path / "sanity.png")
+    """Write what is made of all folds, unless it is there, and print it; or print which folds are missing."""
     unfinished = results.unfinished()
     if unfinished:
         print(f"not checked yet: folds {unfinished}; the summary follows with the last fold")
         return
+    rows = read_all(results.path, k)
+    summary = sanity_scores.summarize(rows, seed)
+    with results.summary() as due:
+        if due:
+            storage.write_csv(rows, results.path / "sanity.csv")
+            storage.write_csv(summary, results.path / "sanity_summary.csv")
+            figures.draw_sanity(rows, summary, results.path / "sanity.png")
     print(LEGEND)
-    print(summary_text(sanity_scores.summarize(read_all(results.path, k), seed)))
+    print(summary_text(summary))
     print(f"written to {results.path}: {', '.join(FILES.summary)}")
 
 
@@ -305,7 +309,8 @@ def main(argv: list[str] | None = None) -> int:
     process.keep_freed_memory()
     device = selfcheck.open_device(args.device)
     run = runs.find_run(args.modelpath, args.path, args.model, args.fold)
-    cohort, networks, second = run.cohort, TrainedNetworks(run), find_second(args.second_run, run)
+    cohort, networks = run.cohort, TrainedNetworks(run)
+    second = find_second(args.second_run, networks)
     chosen = utils.choose_folds(args.run_folds, cohort.k)
     check_run(networks, args.scans_per_fold, device)
     found = find_maps(args.maps)
@@ -318,13 +323,10 @@ def main(argv: list[str] | None = None) -> int:
     scans_alone = {maps.name: read_magnitudes(maps, brain, cohort) for maps in others}
 
     orders = [order for order in randomizing.ORDERS if order in args.orders]
-    identity = {name: getattr(args, name) for name in ("scans_per_fold", "repeats", "seed")}
-    identity |= {
-        "orders": orders,
-        "mask_sha256": storage.file_sha256(mask),
-        "weights_sha256": weights_of(networks),
-    }
-    identity |= {"second_run_sha256": weights_of(second)} | cohort.identity | maps_identity(found, recipes)
+    asked = {name: getattr(args, name) for name in ("scans_per_fold", "repeats", "seed")} | {"orders": orders}
+    made_from = {"mask_sha256": storage.file_sha256(mask), "weights_sha256": weights_of(networks)}
+    made_from["second_run_sha256"] = weights_of(second)
+    identity = asked | made_from | cohort.identity | maps_identity(found, recipes)
     folder, only = args.outpath or args.maps, args.run_folds and chosen
     results = ResultFolder(folder, FILES, range(cohort.k), identity, {}, only, args.overwrite)
     results.check(partial(check_part, folder))

@@ -1,8 +1,11 @@
 #!/usr/bin/env python3
-"""Measure the suite against the published way, side by side, each piece of work in a process of its own.
+"""Measure the suite against the published way, side by side.
 
     python3 bench/speed.py            (193 x 229 x 193 voxels, modelA24 and modelB44)
     python3 bench/speed.py --quick    (97 x 115 x 97 voxels, modelB8)
+    python3 bench/speed.py --device 0
+
+On a CPU each piece of work has a process of its own, as the memory it takes is that of a process.
 
 The references stand in references.py. Every piece of work is done once to warm up and once for the
 clock, but what is linear in its steps: the reference's 100 steps of integrated gradients are 50 times
@@ -257,11 +260,17 @@ def save_weights(name: str, scan: Path, path: Path) -> None:
     torch.save(model.state_dict(), path)
 
 
-def worker(work: str, side: str, name: str, scan: Path, device: torch.device, profile: bool) -> None:
-    """Do one piece of work; print seconds, peak memory and the costliest operations as JSON."""
+def worker(
+    work: str, side: str, name: str, scan: Path, device: torch.device, profile: bool
+) -> dict[str, float | str]:
+    """Do one piece of work; returns seconds, peak memory and the costliest operations."""
     weights = scan.with_name(f"{name}.pth")
     if work == "weights":
-        return save_weights(name, scan, weights)
+        save_weights(name, scan, weights)
+        return {}
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats(device)
     volume = load_scan(scan, device)
     model = checkpoints.load_weights(models.build_model(name, volume.shape[2:]), weights, device)  # type: ignore[arg-type]
     if side == "ours":
@@ -271,22 +280,24 @@ def worker(work: str, side: str, name: str, scan: Path, device: torch.device, pr
     np.save(scan.with_name(f"{side}.npy"), result.detach().float().cpu().numpy())
     if profile and side == "ours":
         record["costs"] = costliest(work, model, volume)
-    print(json.dumps(record))
-    return None
+    return record
 
 
 # The table ---------------------------------------------------------------------------------------
 
 
 def compare(
-    models_: list[str], scan: Path, options: list[str], chosen: list[str]
+    models_: list[str], scan: Path, device: torch.device, profile: bool, chosen: list[str]
 ) -> Iterator[dict[str, float | str]]:
     """Every piece of work with every network, both ways: rows of the table."""
+    options = ["--device", str(device), *["--profile"] * profile]
 
     def run(work: str, side: str, name: str) -> dict[str, Any]:
+        if device.type != "cpu":
+            return worker(work, side, name, scan, device, profile)
         command = [sys.executable, __file__, "--worker", work, side, name, str(scan), *options]
         output = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout
-        return json.loads(output.splitlines()[-1]) if output else {}
+        return json.loads(output.splitlines()[-1])
 
     for name in models_:
         run("weights", "", name)
@@ -367,7 +378,7 @@ def main(argv: list[str] | None = None) -> int:
     device = selfcheck.open_device(args.device)
     if args.worker:
         work, side, name, scan = args.worker
-        worker(work, side, name, Path(scan), device, args.profile)
+        print(json.dumps(worker(work, side, name, Path(scan), device, args.profile)))
         return 0
     names = args.model or (["modelB8"] if args.quick else ["modelA24", "modelB44"])
     begin = time.perf_counter()
@@ -375,9 +386,8 @@ def main(argv: list[str] | None = None) -> int:
         cohort = Path(folder)
         voxel = 2 if args.quick else 1
         simulate.main(["--outpath", folder, "--subjects", "4", "--voxel", str(voxel)])
-        options = ["--device", args.device, *["--profile"] * args.profile]
         rows = []
-        for row in compare(names, cohort / simulate.scan_path(0), options, args.work):
+        for row in compare(names, cohort / simulate.scan_path(0), device, args.profile, args.work):
             rows.append(row)
             print({key: f"{v:.3g}" if isinstance(v, float) else v for key, v in row.items()}, flush=True)
         if "reading" in args.work:

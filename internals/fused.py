@@ -105,7 +105,8 @@ def affine(values: Tensor, factor: Tensor, offset: Tensor, in_place: bool = Fals
     """factor * values + offset, one each (n,) per channel of (B, n, X, Y, Z), in one pass."""
     zero, one = torch.zeros_like(factor), torch.ones_like(factor)
     if not in_place:
-        return F.batch_norm(values, zero, one, factor, offset, training=False, eps=0.0)
+        # not F.batch_norm, which PyTorch 2.11 lets have no epsilon of 0
+        return torch.batch_norm(values, factor, offset, zero, one, False, 0.0, 0.0, False)
     none = factor.new_empty(0)
     return torch.native_batch_norm(
         values, factor, offset, zero, one, False, 0.0, 0.0, out=(values, none, none)

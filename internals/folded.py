@@ -321,13 +321,13 @@ def transposed_convolution(gradient: Tensor, weight: Tensor) -> Tensor:
     """(B, n, X', Y', Z') by (n, C, k, k, k) -> (B, C, X, Y, Z), X = X' + k - 1.
 
     It is a convolution with the mirrored kernel, and faster so on a CPU. A single input channel (the scan)
-    is a case that a CPU's library handles badly. There, the taps along the first axis become k output
+    is a case that oneDNN and cuDNN handle badly. There, the taps along the first axis become k output
     channels, which are then shifted and added.
     """
-    if gradient.device.type == "cuda":
-        return F.conv_transpose3d(gradient, weight)
     kernel = weight.shape[2]
     if weight.shape[1] > 1:
+        if gradient.device.type == "cuda":
+            return F.conv_transpose3d(gradient, weight)
         return convolve(gradient, weight.flip(2, 3, 4).transpose(0, 1), [kernel - 1] * 3)
     taps = weight.transpose(0, 2).transpose(1, 2).flip(3, 4)  # (k, n, 1, k, k)
     planes = convolve(gradient, taps, (0, kernel - 1, kernel - 1))  # (B, k, X', Y, Z)

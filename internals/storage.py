@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pandas as pd
 import torch
 
@@ -191,6 +192,12 @@ def write_tensors(record: dict[str, Any], path: Path) -> None:
     torch.save(record, buffer)
     with atomic_write(path) as partial:
         partial.write_bytes(buffer.getbuffer())
+
+
+def write_arrays(arrays: dict[str, np.ndarray], path: Path) -> None:
+    """Write arrays as numpy.savez does."""
+    with atomic_write(path) as partial:
+        np.savez(partial, **arrays)  # type: ignore[arg-type]  # as if a name could be `allow_pickle`
 
 
 # Records -----------------------------------------------------------------------------------------

@@ -182,12 +182,18 @@ class Progress:
                     progress.means.sums[label] = arrays[f"sum_{label}"].astype(np.float64, copy=False)
                     progress.means.lost[label] = arrays[f"lost_{label}"].astype(np.float32, copy=False)
                     progress.means.counts[label] = int(arrays[f"count_{label}"])
-            progress.found = pd.DataFrame(columns).astype({name: np.int64 for name in COUNTED})
-            shapes = {values.shape for part in (progress.means.sums, progress.means.lost) for values in part.values()}
+            progress.found = pd.DataFrame(columns).astype(dict.fromkeys(COUNTED, np.int64))
+            shapes = {
+                values.shape
+                for part in (progress.means.sums, progress.means.lost)
+                for values in part.values()
+            }
             if shapes - {shape} or progress.means.counts.total() != len(progress.found):
                 raise ValueError("of other maps")
         except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile) as problem:
-            raise InputError(f"{path}: is damaged ({problem}); remove it to explain its scans again") from problem
+            raise InputError(
+                f"{path}: is damaged ({problem}); remove it to explain its scans again"
+            ) from problem
         return progress
 
 

@@ -103,7 +103,7 @@ def step() -> Iterator[Callable[[], bool]]:
 
 @contextlib.contextmanager
 def _termination() -> Iterator[None]:
-    """Raise `Terminated` on SIGTERM and SIGUSR1, so that they unwind like Ctrl-C, or leave them to a `step`."""
+    """Raise `Terminated` on SIGTERM and SIGUSR1, so that they unwind like Ctrl-C; a `step` is waited for."""
     if threading.current_thread() is not threading.main_thread():  # only there may handlers be set
         yield
         return

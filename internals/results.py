@@ -291,7 +291,7 @@ class ResultFolder:
                 self._enter(SUMMARY, {})
 
     def states(self) -> dict[str, str]:
-        """What every part, or share of it, is: finished, running (somebody holds it) or open. Changes nothing."""
+        """What every part or share, and the summary, is: finished, running (somebody holds it) or open."""
         record, states = self._read(), {}
         kept = self._kept(record)
         for part in self.parts:
@@ -302,7 +302,7 @@ class ResultFolder:
                 name = f"{_name(part)}, part {number} of {of}" if of > 1 and part not in kept else _name(part)
                 done = part in kept or (of > 1 and number in division.get(DONE, []))
                 states[name] = "finished" if done else "running" if Share(number, of) in held else "open"
-        return states
+        return states | {SUMMARY: "finished" if SUMMARY in kept else "open"}
 
     def unfinished(self) -> list[Any]:
         """The numbers of the parts that are not finished."""
@@ -362,6 +362,17 @@ class ResultFolder:
             entries = {**record.get(fact, {}), str(part): value}
             record[fact] = {str(key): entries[str(key)] for key in self.parts if str(key) in entries}
         storage.write_json(record, self.path / self.files.record)
+
+
+def states_of(path: Path, files: Files) -> dict[str, str]:
+    """`ResultFolder.states` of what lies in a folder, whatever run it is of; empty where there is none."""
+    if not (path / files.record).exists():
+        return {}
+    record = storage.read_json(path / files.record)
+    with blaming(path / files.record):
+        before = [part for part in storage.entry({FINISHED: []} | record, FINISHED, list) if part != SUMMARY]
+        parts = storage.entry({PARTS: before} | record, PARTS, list)  # those of an earlier version: unsaid
+    return ResultFolder(path, files, parts, {}).states()
 
 
 def _with_shares(record: Mapping[str, Any], shares: Mapping[str, Any]) -> dict[str, Any]:

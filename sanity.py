@@ -279,7 +279,10 @@ def finish_fold(
         if about is None:
             return
         shares = [Share(number, share.of) for number in range(1, share.of + 1)]
-        found = pd.concat([read_findings(progress_file(results.path, fold, each)) for each in shares])
+        tables = [read_findings(progress_file(results.path, fold, each)) for each in shares]
+        found = pd.concat(
+            [table for table in tables if len(table)]
+        )  # an empty one would make whole numbers real
         place = {panel.cohort.table["path"][row]: number for number, row in enumerate(rows)}
         found = found.sort_values("scan", key=lambda scans: scans.map(place), kind="stable")
         others = [compare_folds(name, maps, fold) for name, maps in scans_alone.items()]

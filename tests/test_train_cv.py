@@ -299,6 +299,31 @@ def test_output_that_nobody_reads_is_one_line(csv, tmp_path):
 # Several processes in one folder, and overwriting ------------------------------------------------
 
 
+def test_processes_of_torchrun_share_the_folds(csv, run, tmp_path, monkeypatch, capsys):
+    """The last makes what is made of all folds; one that has no fold says so."""
+    for rank, said in [(2, "no fold is left"), (1, "not trained yet: folds [0]"), (0, "written to")]:
+        for name, value in {"RANK": rank, "WORLD_SIZE": 3, "LOCAL_RANK": rank, "LOCAL_WORLD_SIZE": 3}.items():
+            monkeypatch.setenv(name, str(value))
+        monkeypatch.setenv("OMP_NUM_THREADS", str(torch.get_num_threads() + (torch.get_num_threads() == 1)))
+        assert train(csv, tmp_path) == 0
+        assert said in capsys.readouterr().out
+    assert unclocked(tmp_path) == unclocked(run)
+    assert train(csv, tmp_path, "--overwrite") == 2
+    assert "--overwrite: one of several processes" in only_error(capsys.readouterr().err)
+
+
+def test_status(csv, run, tmp_path, capsys):
+    assert train_cv.main(["--status", "--outpath", str(run)]) == 0
+    assert capsys.readouterr().out == "fold 0: finished\nfold 1: finished\nsummary: finished\n"
+    assert train(csv, tmp_path, "--run-folds", "1") == 0
+    capsys.readouterr()
+    with storage.locked(tmp_path / ".lock-fold_0"):
+        assert train_cv.main(["--status", "--outpath", str(tmp_path)]) == 0
+    assert capsys.readouterr().out == "fold 0: running\nfold 1: finished\nsummary: open\n"
+    assert train_cv.main(["--outpath", str(tmp_path)]) == 2
+    assert "the following arguments are required: --path" in only_error(capsys.readouterr().err)
+
+
 def test_two_jobs_at_once_share_a_folder(csv, run, tmp_path, monkeypatch):
     """A job array: fold 1 is trained by another call, while fold 0 is."""
     honest, others = train_cv.train_fold, [["--run-folds", "1"]]

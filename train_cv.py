@@ -192,7 +192,8 @@ def main(argv: list[str] | None = None) -> int:
     process.keep_freed_memory()
     device = selfcheck.open_device(args.device, args.precision)
     chosen = utils.choose_folds(args.run_folds, args.fold)
-    cohort = dataset.new_cohort(args.path, args.fold, args.split, args.val_fraction, args.seed)
+    folding = args.fold, args.split, args.val_fraction, args.seed
+    cohort = dataset.new_cohort(args.path, *folding, runs.earlier_record(args.outpath))
     network = runs.new_network(args.model, cohort.grid)
     largest = models.largest_output(args.model, cohort.grid.shape)
     devices.check_batch(args.batch, largest, device)
@@ -212,6 +213,7 @@ def main(argv: list[str] | None = None) -> int:
         seen = with_permuted_labels(cohort, scans, args.seed) if args.permute_labels else lambda fold: scans
         load = batches(cohort, seen, args.batch, args.workers, args.seed, device)
         about = {"csv": str(args.path.resolve()), "model": args.model, "seed": args.seed}
+        about["scans_mark"] = cohort.checked.mark
         with results.at_work(about) as missing:
             save_folds(results, cohort.folds)
             utils.say_kept(chosen, missing)

@@ -353,7 +353,8 @@ def permutable(tmp_path: Path) -> dataset.Cohort:
     rows = [(f"{i}.nii", int(i % 40 < 15), f"s{i % 40}") for i in range(60)]
     csv = write_csv(tmp_path / "data.csv", rows, header="path,label,subject")
     table = dataset.read_csv(csv)
-    return dataset.Cohort(csv, table, None, dataset.make_folds(table, 2, "stratified", 0.25, 0), 2)  # type: ignore[arg-type]
+    checked = dataset.Checked(None, "", "")  # type: ignore[arg-type]
+    return dataset.Cohort(csv, table, checked, dataset.make_folds(table, 2, "stratified", 0.25, 0), 2)
 
 
 def test_permuted_labels_are_shuffled_within_a_folds_training_and_validation_subjects(tmp_path):

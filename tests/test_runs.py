@@ -33,7 +33,7 @@ def run(tmp_path) -> Path:
     parts = [table[dataset.COLUMNS].assign(fold=fold, role=role) for fold, role in enumerate(ROLES)]
     folds = pd.concat(parts, ignore_index=True)[["fold", "role", *dataset.COLUMNS]]
     storage.write_csv(folds, folder / "folds.csv")
-    cohort = dataset.Cohort(csv, table, dataset.check_grid(table), folds, K)
+    cohort = dataset.Cohort(csv, table, dataset.check_scans(table, {}), folds, K)
     about = {"csv": str(csv), "model": "modelB2", "arguments": FOLDING | {"lr": 1e-4}}
     storage.write_json(cohort.identity | about, folder / "run.json")
     return folder

@@ -19,8 +19,8 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Subset
 
 import utils
-from internals import nifti, storage, tables
-from internals.caches import CHECKED_AHEAD, Cache
+from internals import caches, nifti, storage, tables
+from internals.caches import Cache
 from internals.errors import InputError, blaming
 from internals.loading import Loader, ReadAhead, leave_signals
 from internals.nifti import Grid
@@ -50,7 +50,7 @@ class Checked:
     Attributes:
         grid: the shape and affine of all.
         scans_sha256: what tells their content from another, from `scans_digest`.
-        mark: stands for all this, and for each file's name, size and time before it was looked at.
+        mark: stands for that, and for each file's name, size and time before it was looked at.
     """
 
     grid: Grid
@@ -240,7 +240,7 @@ def check_scans(table: pd.DataFrame, record: Mapping[str, Any]) -> Checked:
     found = _recall(record, table, states)
     if found is None:
         grid, digest = check_grid(table), scans_digest(table)
-        found = Checked(grid, digest, _mark(states, grid, digest))
+        found = Checked(grid, digest, _mark(states, digest))
     return found
 
 
@@ -249,16 +249,15 @@ def _recall(record: Mapping[str, Any], table: pd.DataFrame, states: list[str]) -
     digest, mark = record.get("scans_sha256"), record.get("scans_mark")
     if not (isinstance(digest, str) and isinstance(mark, str)):
         return None
-    try:
-        grid = nifti.read_grid(table["file"][0])  # which is that of all, if the mark fits
-    except InputError:
+    if mark != _mark(states, digest):
         return None
-    return Checked(grid, digest, mark) if mark == _mark(states, grid, digest) else None
+    with blaming(table["path"][0]):
+        return Checked(nifti.read_grid(table["file"][0]), digest, mark)  # all were found to lie on its grid
 
 
-def _mark(states: list[str], grid: Grid, digest: str) -> str:
-    """What stands for a finding, and for the files that it is of, in hexadecimal."""
-    return hashlib.sha256(json.dumps([grid.record(), digest, states]).encode()).hexdigest()
+def _mark(states: list[str], digest: str) -> str:
+    """What stands for some files as they are, and for their content, in hexadecimal."""
+    return hashlib.sha256(json.dumps([digest, states]).encode()).hexdigest()
 
 
 def _file_states(table: pd.DataFrame) -> list[str]:
@@ -306,9 +305,7 @@ def check_grid(table: pd.DataFrame) -> Grid:
             found = found.mismatch(first, "the first scan")
         if found:
             problems[row] = found
-    if (
-        problems and len(table) <= CHECKED_AHEAD
-    ):  # one report has what is wrong with the voxels of the others, too
+    if problems and len(table) <= caches.CHECKED_AHEAD:  # one report has what is wrong with voxels, too
         problems |= _decode(table["file"].drop(list(problems)), lambda row, volume: None, utils.THREADS)
     _report(problems, table)
     assert first is not None

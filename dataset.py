@@ -31,9 +31,7 @@ SCALING = "min-max, float32"
 SAMPLE = 2**12  # bytes
 SHOWN = 20  # bad scans named in one message
 LOOKERS = 16  # threads that look at files without decoding them: they wait for the file system, mostly
-PIECE = (
-    32  # files that each of them takes at once: on a disk nearby, a file costs less than a change of thread
-)
+PIECE = 32  # files that each of them takes at once: on a disk nearby, one costs less than a change of threads
 # of a list of scans: twice as many as UK Biobank has; what is larger is something else, and not read
 CSV_SIZE, MOST_ROWS = 2**25, 200_000
 

@@ -123,14 +123,21 @@ class Cohort:
             labels[rows] = shuffled[self.table.loc[rows, "subject"]]
         return labels
 
-    def open_scans(self, cache: Cache, threads: int = utils.THREADS) -> "ScanDataset":
+    def open_scans(
+        self, cache: Cache, threads: int = utils.THREADS, rows: Sequence[int] | None = None
+    ) -> "ScanDataset":
         """Decode and check every scan once, and keep it where the cache says; see `Cache.fill`.
+
+        Args:
+            threads: that decode.
+            rows: the scans that will be used, where the cache keeps none; the others are not checked.
 
         Raises:
             InputError: naming every scan that cannot be used; or the cache has no room for them.
         """
         shape = (len(self.table), *self.grid.shape)
-        read = functools.partial(_decode_all, self.table, max(threads, 1))
+        chosen = self.table if rows is None else self.table.loc[rows]
+        read = functools.partial(_decode_all, chosen, max(threads, 1))
         return ScanDataset(self.table, cache.fill(shape, _cache_key(self.table, self.grid), read))
 
 

@@ -418,7 +418,8 @@ def main(argv: list[str] | None = None) -> int:
     about = {"csv": str(cohort.csv), "modelpath": str(run.folder.resolve()), **networks.about()}
     work = devices.describe_batch(args.batch, cohort.grid.shape, run.model, device)
     with process.out_of_memory(work, "lower --batch"), contextlib.ExitStack() as stack:
-        scans = cohort.open_scans(Cache("reuse", args.modelpath / "cache"))
+        own = [row for fold in chosen for row in share.deal(cohort.scan_indices(fold, "test"))]
+        scans = cohort.open_scans(Cache("reuse", args.modelpath / "cache"), rows=own)
         share.say()
         maps = [FoldMaps(METHODS[n], options[n], cohort, scans, folders[n]) for n in args.method]
         missing = [stack.enter_context(each.begin(about, chosen)) for each in maps]

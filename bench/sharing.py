@@ -99,9 +99,9 @@ def main() -> int:
                     timed(in_parts(words(top / f"{what} parts"), 3)),
                     top / f"{what} parts",
                 )
-        folder, words = top / "killed", torchrun(work["train_cv.py"](top / "killed"), 2)
-        kill_one(words, folder)
-        compare("train_cv.py", "torchrun, 2, one killed, again", timed(words), folder)
+        folder, again = top / "killed", torchrun(work["train_cv.py"](top / "killed"), 2)
+        kill_one(again, folder)
+        compare("train_cv.py", "torchrun, 2, one killed, again", timed(again), folder)
     table = pd.DataFrame(rows)
     print(table.to_string(index=False, float_format="{:.0f}".format))
     return int(table["differences"].sum() > 0)

@@ -368,6 +368,8 @@ def test_processes_of_torchrun_share_the_folds(csv, run, tmp_path, monkeypatch, 
     assert unclocked(tmp_path) == unclocked(run)
     assert train(csv, tmp_path, "--overwrite") == 2
     assert "--overwrite: one of several processes" in only_error(capsys.readouterr().err)
+    assert train(csv, tmp_path, "--device", "cuda:1") == 2
+    assert "--device cuda:1: torchrun started 3 processes here" in only_error(capsys.readouterr().err)
 
 
 def test_status(csv, run, tmp_path, capsys):

@@ -136,7 +136,7 @@ class Cohort:
             InputError: naming every scan that cannot be used; or the cache has no room for them.
         """
         shape = (len(self.table), *self.grid.shape)
-        chosen = self.table if rows is None else self.table.loc[rows]
+        chosen = self.table if rows is None else self.table.loc[list(rows)]
         read = functools.partial(_decode_all, chosen, max(threads, 1))
         return ScanDataset(self.table, cache.fill(shape, _cache_key(self.table, self.grid), read))
 

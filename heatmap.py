@@ -85,7 +85,7 @@ def get_parser() -> argparse.ArgumentParser:
     add("--fold", type=utils.bounded(int, at_least=2), help="number of folds (default: the run's, else 5)")
     add("--batch", type=whole, default=1, help="scans explained at once")
     add("--run-folds", type=number, nargs="+", metavar="I", help="only these folds")
-    add("--part", type=sharing.parse_part, default=sharing.WHOLE, metavar="I/N", help=sharing.PART)
+    add("--part", type=sharing.parse_part, default="1/1", metavar="I/N", help=sharing.PART)
     add("--target", choices=TARGETS, default="label", help="the logit to explain")
     add(
         "--weights", choices=NETWORKS, default="trained", help="or untrained: maps to hold the others against"

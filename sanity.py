@@ -91,7 +91,7 @@ def get_parser() -> argparse.ArgumentParser:
     add("--outpath", type=Path, metavar="DIR", help="where to write (default: --maps)")
     add("--device", default="auto", help="GPU number, cpu, cuda:N, mps or auto")
     add("--run-folds", type=number, nargs="+", metavar="I", help="only these folds")
-    add("--part", type=sharing.parse_part, default=sharing.WHOLE, metavar="I/N", help=sharing.PART)
+    add("--part", type=sharing.parse_part, default="1/1", metavar="I/N", help=sharing.PART)
     add("--seed", type=utils.SEED, default=0, help="of scans, weights, orders and intervals")
     add("--overwrite", action="store_true", help="remove earlier findings, or those of --run-folds, first")
     parser.add_status()

@@ -19,9 +19,6 @@ class Share(NamedTuple):
     number: int  # from 1
     of: int
 
-    def __str__(self) -> str:
-        return f"{self.number}/{self.of}"
-
     def deal(self, items: Sequence[Item]) -> list[Item]:
         """This share of some items: every `of`-th, so that what is slow to one side is spread over all."""
         return list(items[self.number - 1 :: self.of])

@@ -11,7 +11,7 @@ pass_on() {
     signal=$1 interrupted=yes
     [ -z "$child" ] || kill -s "$1" "$child"
 }
-trap 'pass_on USR1; (sleep "$seconds" && kill -s USR1 "$child") > /dev/null 2>&1 &' USR1
+trap 'pass_on USR1; (sleep "$seconds" && kill -s USR1 $$) > /dev/null 2>&1 &' USR1
 trap 'pass_on TERM' TERM
 
 export OMP_NUM_THREADS="${SLURM_CPUS_PER_TASK:-1}"
@@ -21,6 +21,7 @@ for line in "${@:3}"; do
     [ -z "$signal" ] || break # it came while no command ran
     eval "exec $line" &
     child=$!
+    [ -z "$signal" ] || pass_on "$signal" # it came while the command had no number yet
     while
         interrupted=''
         wait "$child"
@@ -32,6 +33,7 @@ for line in "${@:3}"; do
 done
 
 trap '' USR1 TERM # Slurm sends its TERM to all that runs in a job, so to what follows
+jobs -p | xargs -r kill # a second warning that is due
 job="${SLURM_ARRAY_JOB_ID:-$SLURM_JOB_ID}${SLURM_ARRAY_TASK_ID:+_$SLURM_ARRAY_TASK_ID}"
 if [ "$status" = 138 ] || [ "$status" = 143 ]; then
     case $(squeue --noheader --jobs="$job" --format='%T %r') in

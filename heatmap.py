@@ -33,11 +33,12 @@ import selfcheck
 import utils
 from brain_maps import GROUPS
 from dataset import Cohort, ScanDataset
-from explaining import TARGETS, Explainer, MeanMaps
-from internals import devices, nifti, process, storage, tables
+from explaining import TARGETS, Explainer, MeanMaps, Progress
+from internals import devices, nifti, process, sharing, storage, tables
 from internals.caches import Cache
 from internals.errors import InputError, blaming
-from internals.results import Files, ResultFolder
+from internals.results import Files, ResultFolder, states_of
+from internals.sharing import WHOLE, Share
 from methods import METHODS, Method
 from models import CNN3d
 from runs import Run
@@ -51,6 +52,7 @@ FILES = Files(
         "baseline_f{}.nii.gz",
         "subjects/f{}_*.nii.gz",
     ],
+    progress=["sums_f{}[.-]*"],
     summary=[
         "map_all.nii.gz",
         "map_controls.nii.gz",
@@ -83,6 +85,7 @@ def get_parser() -> argparse.ArgumentParser:
     add("--fold", type=utils.bounded(int, at_least=2), help="number of folds (default: the run's, else 5)")
     add("--batch", type=whole, default=1, help="scans explained at once")
     add("--run-folds", type=number, nargs="+", metavar="I", help="only these folds")
+    add("--part", type=sharing.parse_part, default=sharing.WHOLE, metavar="I/N", help=sharing.PART)
     add("--target", choices=TARGETS, default="label", help="the logit to explain")
     add(
         "--weights", choices=NETWORKS, default="trained", help="or untrained: maps to hold the others against"
@@ -91,6 +94,7 @@ def get_parser() -> argparse.ArgumentParser:
     methods.add_options(parser)
     add("--save-subjects", action="store_true", help="also write the map of every scan")
     add("--overwrite", action="store_true", help="remove earlier maps of this method, or --run-folds, first")
+    parser.add_status()
     return parser
 
 
@@ -124,6 +128,7 @@ def result_folder(
     outpath: Path,
     only: list[int] | None,
     overwrite: bool,
+    share: Share,
 ) -> ResultFolder:
     """The folder of a method's maps: METHOD, with -controls, -random and their like where they are such."""
     method, run = METHODS[name], networks.run
@@ -140,7 +145,8 @@ def result_folder(
         made_from,
         only,
         overwrite,
-        implied={option.name: option.default for option in method.options},
+        {option.name: option.default for option in method.options},
+        share,
     )
 
 
@@ -173,7 +179,8 @@ class FoldMaps:
         """Hold the chosen folds; yields those that are missing."""
         with self.results.at_work(about) as missing:
             utils.say_kept(chosen, missing, f"{self.name} ")
-            update_subjects(self.results, missing)
+            with self.results.locked():
+                update_subjects(self.results.path, missing)
             if self.options["save_subjects"]:
                 storage.make_folder(self.results.path / "subjects")
             yield missing
@@ -184,7 +191,8 @@ class FoldMaps:
         settings: dict[str, Any] = {"voxel_sizes": grid.voxel_sizes, "baseline": None}
         if own.get("baseline") == "controls":
             mean = self.scans.mean(self.cohort.training_controls(fold))
-            self._save(mean, f"baseline_f{fold}")
+            if self.share.number == 1:
+                self._save(mean, f"baseline_f{fold}")
             settings["baseline"] = torch.from_numpy(mean).to(next(model.parameters()).device)[None, None]
         return Explainer(model, self.method, own, settings, self.options["target"])
 
@@ -193,17 +201,43 @@ class FoldMaps:
         if self.options["save_subjects"]:
             self._save(values, subject_name(fold, row, self.cohort.table["path"][row]))
 
-    def finish(self, fold: int, means: MeanMaps, found: pd.DataFrame, device: torch.device) -> None:
-        """Write a fold's mean maps and its rows of subjects.csv."""
-        self._save(means.mean(), f"map_f{fold}")
-        for group, label in GROUPS.items():
-            if label in means.counts:
-                self._save(means.mean(label), f"map_{group}_f{fold}")
-        rows = self.cohort.scan_indices(fold, "test")
-        known = self.cohort.table.loc[rows, dataset.COLUMNS].reset_index(drop=True).assign(fold=fold)
-        table = pd.concat([known, found], axis=1)[SUBJECT_COLUMNS]
-        update_subjects(self.results, [fold], table)
-        self.results.finish(fold, **facts(table, device))
+    @property
+    def share(self) -> Share:
+        """Which of every fold's test scans are explained."""
+        return self.results.share or WHOLE
+
+    def progress(self, fold: int) -> Progress:
+        """What an interrupted call found of its share."""
+        file = self._progress_file(fold, self.share.number)
+        return Progress.load(file, self.cohort.grid.shape) if file.exists() else Progress()
+
+    def save(self, fold: int, progress: Progress) -> None:
+        """Save what was found of this share."""
+        progress.save(self._progress_file(fold, self.share.number))
+
+    def finish(self, fold: int, device: torch.device) -> None:
+        """Finish this share of a fold; after the last, write the mean maps and the rows of all scans."""
+        with self.results.finish_share(fold) as about:
+            if about is None:
+                return
+            means, rows = MeanMaps(), []
+            for number in range(1, self.share.of + 1):
+                part = Progress.load(self._progress_file(fold, number), self.cohort.grid.shape)
+                means.merge(part.means)
+                dealt = Share(number, self.share.of).deal(self.cohort.scan_indices(fold, "test"))
+                rows.append(part.found.set_index(pd.Index(dealt)))
+            self._save(means.mean(), f"map_f{fold}")
+            for group, label in GROUPS.items():
+                if label in means.counts:
+                    self._save(means.mean(label), f"map_{group}_f{fold}")
+            found = pd.concat(rows).sort_index()
+            known = self.cohort.table.loc[found.index, dataset.COLUMNS].assign(fold=fold)
+            table = pd.concat([known, found], axis=1)[SUBJECT_COLUMNS]
+            update_subjects(self.results.path, [fold], table)
+            about |= facts(table, device)
+
+    def _progress_file(self, fold: int, number: int) -> Path:
+        return self.results.path / f"sums_f{fold}{Share(number, self.share.of).suffix}.npz"
 
     def average(self, model: str, background: np.ndarray) -> None:
         """Write the mean of the fold means, those of the groups, the mean scan, and the picture of all."""
@@ -231,18 +265,27 @@ class FoldMaps:
 
 
 def explain_fold(fold: int, model: CNN3d, due: list[FoldMaps], batch: int, seed: int) -> None:
-    """Explain a fold's test scans by all methods that lack it, in one pass."""
+    """Explain a share of a fold's test scans by all methods that lack it, in one pass."""
     cohort, scans, device = due[0].cohort, due[0].scans, next(model.parameters()).device
-    rows, maps = cohort.scan_indices(fold, "test"), {each.name: each for each in due}
+    rows, maps = due[0].share.deal(cohort.scan_indices(fold, "test")), {each.name: each for each in due}
+    progress = {name: each.progress(fold) for name, each in maps.items()}
+    begin = min(len(found.found) for found in progress.values())
     explainers = {name: each.explainer(fold, model) for name, each in maps.items()}
-    loader, seeds = scans.loader(rows, batch, device=device), [utils.own_seed(seed, row) for row in rows]
+    loader, seeds = scans.loader(rows[begin:], batch, device=device), [utils.own_seed(seed, r) for r in rows]
 
     def keep(name: str, number: int, values: np.ndarray) -> None:
         maps[name].keep(fold, rows[number], values)
 
-    explained = explaining.explain_scans(explainers, loader, seeds, keep, f"{', '.join(maps)} fold {fold}")
-    for name, (means, found) in explained.items():
-        maps[name].finish(fold, means, found, device)
+    def save() -> None:
+        for name, each in maps.items():
+            each.save(fold, progress[name])
+
+    title = f"{', '.join(maps)} fold {fold}"
+    if not rows:
+        print(f"{title}: no scan is left for this part")
+    explaining.explain_scans(explainers, loader, seeds, keep, progress, save, title)
+    for each in due:
+        each.finish(fold, device)
 
 
 def subject_name(fold: int, row: int, path: str) -> str:
@@ -254,15 +297,14 @@ def subject_name(fold: int, row: int, path: str) -> str:
 # subjects.csv ------------------------------------------------------------------------------------
 
 
-def update_subjects(results: ResultFolder, folds: list[int], rows: pd.DataFrame | None = None) -> None:
-    """Replace the rows of some folds in subjects.csv."""
-    with results.locked():
-        before = read_subjects(results.path)
-        others = before[~before["fold"].isin(folds)]
-        tables = [table for table in (others, rows) if table is not None and len(table)]
-        if len(others) < len(before) or rows is not None:
-            after = pd.concat(tables).sort_values("fold", kind="stable") if tables else others
-            storage.write_csv(after, results.path / "subjects.csv")
+def update_subjects(folder: Path, folds: list[int], rows: pd.DataFrame | None = None) -> None:
+    """Replace the rows of some folds in subjects.csv; the caller holds the folder."""
+    before = read_subjects(folder)
+    others = before[~before["fold"].isin(folds)]
+    tables = [table for table in (others, rows) if table is not None and len(table)]
+    if len(others) < len(before) or rows is not None:
+        after = pd.concat(tables).sort_values("fold", kind="stable") if tables else others
+        storage.write_csv(after, folder / "subjects.csv")
 
 
 def check_subjects(folder: Path, fold: int) -> None:
@@ -323,6 +365,16 @@ def check_kept(folder: Path, cohort: Cohort, fold: int) -> None:
             )
 
 
+def say_states(outpath: Path, names: list[str] | None) -> None:
+    """Print which folds, or parts of them, are finished, running or open in the folders of some methods."""
+    folders = sorted(file.parent for file in outpath.glob(f"*/{FILES.record}"))
+    chosen = [folder for folder in folders if not names or folder.name.partition("-")[0] in names]
+    for folder in chosen:
+        utils.say_states(folder, states_of(folder, FILES), f"{folder.name} ")
+    if not chosen:
+        print(f"{outpath}: nothing yet")
+
+
 def report(results: ResultFolder) -> None:
     """Print how well the maps' sums keep their promise, how many maps are all zero, and what is missing."""
     unfinished, subjects = results.unfinished(), read_subjects(results.path)
@@ -342,6 +394,9 @@ def report(results: ResultFolder) -> None:
 def main(argv: list[str] | None = None) -> int:
     """Check everything, explain the folds, average them."""
     args = get_parser().parse_args(argv)
+    if args.status:
+        say_states(args.outpath, args.method)
+        return 0
     process.keep_freed_memory()
     device = selfcheck.open_device(args.device)
     run = runs.find_run(args.modelpath, args.path, args.model, args.fold)
@@ -352,7 +407,9 @@ def main(argv: list[str] | None = None) -> int:
     devices.check_batch(args.batch, models.largest_output(run.model, cohort.grid.shape), device)
     if vars(args).get("baseline") == "controls":
         cohort.check_controls(chosen, "--baseline controls")
-    where = args.outpath, args.run_folds and chosen, args.overwrite
+    share = sharing.own_share().within(args.part)
+    share.check_overwrite(args.overwrite)
+    where = args.outpath, args.run_folds and chosen, args.overwrite, share
     folders = {name: result_folder(name, options[name], networks, *where) for name in args.method}
     for results in folders.values():
         if results.check(partial(check_kept, results.path, cohort)):
@@ -362,6 +419,7 @@ def main(argv: list[str] | None = None) -> int:
     work = devices.describe_batch(args.batch, cohort.grid.shape, run.model, device)
     with process.out_of_memory(work, "lower --batch"), contextlib.ExitStack() as stack:
         scans = cohort.open_scans(Cache("reuse", args.modelpath / "cache"))
+        share.say()
         maps = [FoldMaps(METHODS[n], options[n], cohort, scans, folders[n]) for n in args.method]
         missing = [stack.enter_context(each.begin(about, chosen)) for each in maps]
         for fold in chosen:

@@ -33,10 +33,11 @@ from brain_maps import MethodMaps
 from checking import Panel, Recipe, compare_folds
 from dataset import Cohort
 from explaining import TARGETS
-from internals import devices, process, storage
+from internals import devices, process, sharing, storage
 from internals.caches import Cache
 from internals.errors import InputError, blaming
-from internals.results import Files, ResultFolder
+from internals.results import Files, ResultFolder, states_of
+from internals.sharing import WHOLE, Share
 from methods import METHODS
 from overlap_scores import floor_of
 from runs import TrainedNetworks
@@ -45,7 +46,7 @@ from sanity_scores import Magnitudes
 FILES = Files(
     record="sanity.json",
     part=["sanity_f{}.csv"],
-    progress=["findings_f{}.csv"],
+    progress=["findings_f{}[.-]*"],
     summary=["sanity.csv", "sanity_summary.csv", "sanity.png"],
     facts=["findings_sha256", "device_per_fold"],
 )
@@ -90,8 +91,10 @@ def get_parser() -> argparse.ArgumentParser:
     add("--outpath", type=Path, metavar="DIR", help="where to write (default: --maps)")
     add("--device", default="auto", help="GPU number, cpu, cuda:N, mps or auto")
     add("--run-folds", type=number, nargs="+", metavar="I", help="only these folds")
+    add("--part", type=sharing.parse_part, default=sharing.WHOLE, metavar="I/N", help=sharing.PART)
     add("--seed", type=utils.SEED, default=0, help="of scans, weights, orders and intervals")
     add("--overwrite", action="store_true", help="remove earlier findings, or those of --run-folds, first")
+    parser.add_status()
     return parser
 
 
@@ -243,25 +246,47 @@ def check_part(folder: Path, fold: int) -> None:
         raise InputError(f"{file}: is not as it was written; --overwrite starts again")
 
 
-def write_fold(
+def progress_file(folder: Path, fold: int, share: Share) -> Path:
+    """The findings of a share of a fold's scans."""
+    return folder / f"findings_f{fold}{share.suffix}.csv"
+
+
+def check_scans(panel: Panel, fold: int, rows: list[int], file: Path) -> None:
+    """Check test scans of a fold, but for those whose findings are in the file; add theirs."""
+    found = read_findings(file)
+    finished = set(found["scan"])
+    rows = [row for row in rows if panel.cohort.table["path"][row] not in finished]
+    tables = panel.check_fold(fold, rows)
+    for _ in rows:
+        with process.step():
+            table = next(tables)
+            found = pd.concat([found, table]) if len(found) else table
+            storage.write_csv(found, file)
+    if not file.exists():
+        storage.write_csv(found, file)
+
+
+def finish_fold(
     panel: Panel,
     fold: int,
     rows: list[int],
     scans_alone: Mapping[str, list[Magnitudes]],
     results: ResultFolder,
 ) -> None:
-    """Check test scans of a fold, but for those that an interrupted call finished; write the findings."""
-    file, progress = (results.path / name.format(fold) for name in (*FILES.part, *FILES.progress))
-    found = read_findings(progress)
-    finished = set(found["scan"])
-    rows = [row for row in rows if panel.cohort.table["path"][row] not in finished]
-    for table in panel.check_fold(fold, rows):
-        found = pd.concat([found, table]) if len(found) else table
-        storage.write_csv(found, progress)
-    others = [compare_folds(name, maps, fold) for name, maps in scans_alone.items()]
-    storage.write_csv(pd.concat([found, *others]), file)
-    device = devices.describe(panel.device)
-    results.finish(fold, findings_sha256=storage.file_sha256(file), device_per_fold=device)
+    """Finish a share of a fold; where it is the last, write the findings of all its scans."""
+    share = results.share or WHOLE
+    with results.finish_share(fold) as about:
+        if about is None:
+            return
+        shares = [Share(number, share.of) for number in range(1, share.of + 1)]
+        found = pd.concat([read_findings(progress_file(results.path, fold, each)) for each in shares])
+        place = {panel.cohort.table["path"][row]: number for number, row in enumerate(rows)}
+        found = found.sort_values("scan", key=lambda scans: scans.map(place), kind="stable")
+        others = [compare_folds(name, maps, fold) for name, maps in scans_alone.items()]
+        file = results.path / FILES.part[0].format(fold)
+        storage.write_csv(pd.concat([found, *others]), file)
+        about["findings_sha256"] = storage.file_sha256(file)
+        about["device_per_fold"] = devices.describe(panel.device)
 
 
 def read_all(folder: Path, k: int) -> pd.DataFrame:
@@ -306,6 +331,10 @@ def report(results: ResultFolder, k: int, seed: int) -> None:
 def main(argv: list[str] | None = None) -> int:
     """Check everything, then the maps of every fold; sum up."""
     args = get_parser().parse_args(argv)
+    folder = args.outpath or args.maps
+    if args.status:
+        utils.say_states(folder, states_of(folder, FILES))
+        return 0
     process.keep_freed_memory()
     device = selfcheck.open_device(args.device)
     run = runs.find_run(args.modelpath, args.path, args.model, args.fold)
@@ -327,8 +356,10 @@ def main(argv: list[str] | None = None) -> int:
     made_from = {"mask_sha256": storage.file_sha256(mask), "weights_sha256": weights_of(networks)}
     made_from["second_run_sha256"] = weights_of(second)
     identity = asked | made_from | cohort.identity | maps_identity(found, recipes)
-    folder, only = args.outpath or args.maps, args.run_folds and chosen
-    results = ResultFolder(folder, FILES, range(cohort.k), identity, {}, only, args.overwrite)
+    only = args.run_folds and chosen
+    share = sharing.own_share().within(args.part)
+    share.check_overwrite(args.overwrite)
+    results = ResultFolder(folder, FILES, range(cohort.k), identity, {}, only, args.overwrite, share=share)
     results.check(partial(check_part, folder))
     if results.is_finished():
         print(f"{folder}: done before, kept")
@@ -341,11 +372,13 @@ def main(argv: list[str] | None = None) -> int:
     with process.out_of_memory(work, "use --device cpu, or give --maps fewer METHODs"):
         scans = cohort.open_scans(Cache("reuse", args.modelpath / "cache"))
         panel = Panel(recipes, networks, second, scans, brain, orders, args.repeats, args.seed, device)
+        share.say()
         with results.at_work(about) as missing:
             utils.say_kept(chosen, missing)
             for fold in missing:
                 rows = choose_scans(cohort, fold, args.scans_per_fold, args.seed)
-                write_fold(panel, fold, rows, scans_alone, results)
+                check_scans(panel, fold, share.deal(rows), progress_file(folder, fold, share))
+                finish_fold(panel, fold, rows, scans_alone, results)
             report(results, cohort.k, args.seed)
     return 0
 

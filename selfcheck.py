@@ -16,7 +16,7 @@ from torch import Tensor, nn
 import models
 from ggc import guided_gradcam
 from ig import integrated_gradients
-from internals import devices
+from internals import devices, sharing
 from internals.errors import InputError
 from lrp import lrp
 
@@ -55,7 +55,7 @@ class Check(NamedTuple):
 
 
 def open_device(name: str, precision: str = "fp32") -> torch.device:
-    """Resolve `--device`, set its precision, and warn on stderr of its known faults.
+    """Resolve `--device`, set its precision and threads, and warn on stderr of its known faults.
 
     On MPS a small network is computed first, as PyTorch's 3D convolutions have returned wrong values there
     without any error.
@@ -64,6 +64,7 @@ def open_device(name: str, precision: str = "fp32") -> torch.device:
         InputError: no such device, not this precision, or MPS computes something else than the CPU.
     """
     device = devices.resolve_device(name)
+    sharing.share_threads()
     if device.type == "mps":
         require_correct(device, precision)
     devices.set_precision(device, precision)

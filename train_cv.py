@@ -24,13 +24,13 @@ import selfcheck
 import training
 import utils
 from dataset import Cohort, Grid, ScanDataset
-from internals import caches, devices, process, storage
+from internals import caches, devices, process, sharing, storage
 from internals.caches import Cache
 from internals.checkpoints import load_weights
 from internals.devices import PRECISIONS
 from internals.errors import InputError
 from internals.loading import Loader
-from internals.results import Files, ResultFolder
+from internals.results import Files, ResultFolder, states_of
 from models import CNN3d
 from training import Schedule, TrainingState
 
@@ -45,7 +45,7 @@ FILES = Files(
     facts=["devices_per_fold"],
 )
 # options that change neither the networks nor the folds
-INCIDENTAL = ("path", "outpath", "device", "run_folds", "workers", "cache", "overwrite")
+INCIDENTAL = ("path", "outpath", "device", "run_folds", "workers", "cache", "overwrite", "status")
 
 
 def get_parser() -> argparse.ArgumentParser:
@@ -78,6 +78,7 @@ def get_parser() -> argparse.ArgumentParser:
     add("--workers", type=number, default=2, help="processes or threads that read scans")
     add("--cache", choices=caches.KINDS, default="auto", help="where decoded scans are kept")
     add("--overwrite", action="store_true", help="remove an earlier run in DIR, or its --run-folds, first")
+    parser.add_status()
     return parser
 
 
@@ -189,22 +190,28 @@ def say_state(results: ResultFolder) -> None:
 def main(argv: list[str] | None = None) -> int:
     """Check everything, train the folds, test them, report."""
     args = get_parser().parse_args(argv)
+    if args.status:
+        utils.say_states(args.outpath, states_of(args.outpath, FILES))
+        return 0
     process.keep_freed_memory()
     device = selfcheck.open_device(args.device, args.precision)
-    chosen = utils.choose_folds(args.run_folds, args.fold)
+    share = sharing.own_share()
+    share.check_overwrite(args.overwrite)
+    chosen = share.deal(utils.choose_folds(args.run_folds, args.fold))
     cohort = dataset.new_cohort(args.path, args.fold, args.split, args.val_fraction, args.seed)
     network = runs.new_network(args.model, cohort.grid)
     largest = models.largest_output(args.model, cohort.grid.shape)
     devices.check_batch(args.batch, largest, device)
     arguments = {name: value for name, value in vars(args).items() if name not in INCIDENTAL}
-    identity, only = cohort.identity | {"arguments": arguments}, args.run_folds and chosen
+    identity = cohort.identity | {"arguments": arguments}
+    only = chosen if args.run_folds or share.of > 1 else None
     folds, implied = range(args.fold), {"permute_labels": False}
     results = ResultFolder(args.outpath, FILES, folds, identity, {}, only, args.overwrite, implied)
     if results.check(partial(check_fold, args.outpath, network)):
         check_folds(args.outpath / "folds.csv", cohort.folds)
 
     need = devices.training_memory(args.batch, largest)
-    cache = Cache(args.cache, args.outpath / "cache", device, bool(only), need)
+    cache = Cache(args.cache, args.outpath / "cache", device, only is not None, need)
     schedule = Schedule(args.epochs, args.patience, args.delta, args.precision)
     work = devices.describe_batch(args.batch, cohort.grid.shape, args.model, device)
     with process.out_of_memory(work, "lower --batch, take fewer filters, or --cache disk"):
@@ -215,6 +222,8 @@ def main(argv: list[str] | None = None) -> int:
         with results.at_work(about) as missing:
             save_folds(results, cohort.folds)
             utils.say_kept(chosen, missing)
+            if not chosen:
+                print(f"process {share.number} of {share.of}: no fold is left for this one")
             for fold in missing:
                 seed = utils.own_seed(args.seed, fold)
                 state = start(args.model, cohort.grid, args.lr, args.wd, seed, device)

@@ -4,7 +4,8 @@ import argparse
 import math
 import random
 import sys
-from collections.abc import Callable, Collection, Iterable
+from collections.abc import Callable, Collection, Iterable, Mapping
+from pathlib import Path
 from typing import Any, NoReturn, TypeVar
 
 import numpy as np
@@ -17,6 +18,7 @@ from internals.process import command
 
 __all__ = ["Failure", "InputError", "command"]
 
+STATUS = "--status"
 THREADS = 2  # that decode scans: at 1 mm each takes about 0.1 GB meanwhile
 
 Item = TypeVar("Item")
@@ -31,6 +33,16 @@ class ArgumentParser(argparse.ArgumentParser):
 
     def __init__(self, docstring: str | None) -> None:
         super().__init__(description=docstring, formatter_class=_HelpFormatter, allow_abbrev=False)
+
+    def add_status(self) -> None:
+        """Add --status, beside which no other option is required."""
+        words = "print which folds are finished, running or open, and change nothing"
+        self.add_argument(STATUS, action="store_true", help=words)
+
+    def parse_args(self, args: Any = None, namespace: Any = None) -> Any:
+        for action in self._actions if STATUS in (sys.argv[1:] if args is None else args) else ():
+            action.required = False
+        return super().parse_args(args, namespace)
 
     def error(self, message: str) -> NoReturn:
         raise InputError(f"{message} (see {self.prog} -h)")
@@ -92,6 +104,11 @@ def say_kept(chosen: list[int], missing: list[int], whose: str = "") -> None:
     for fold in chosen:
         if fold not in missing:
             print(f"{whose}fold {fold}: finished before, kept")
+
+
+def say_states(folder: Path, states: Mapping[str, str], whose: str = "") -> None:
+    """Print what is finished, running or open in a folder."""
+    print("\n".join(f"{whose}{name}: {state}" for name, state in states.items()) or f"{folder}: nothing yet")
 
 
 # Progress and seeds ------------------------------------------------------------------------------

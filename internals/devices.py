@@ -10,6 +10,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from internals import sharing
 from internals.errors import InputError
 
 # of the forward and backward pass; tf32 is float32 whose factors CUDA's tensor cores round to 10 bits
@@ -26,12 +27,14 @@ def resolve_device(name: str) -> torch.device:
 
     Args:
         name: a CUDA index ("0"), "cpu", "cuda", "cuda:1", "mps", or "auto": CUDA where there is one, else
-            the CPU, and never MPS, whose 3D convolutions have been wrong (pytorch#197114).
+            the CPU, and never MPS, whose 3D convolutions have been wrong (pytorch#197114). Of several
+            processes that torchrun started here, each takes a GPU of its own.
 
     Raises:
         InputError: the device is not known or not there; an explicit choice never falls back.
     """
     there = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    name = sharing.own_device(name, there)
     if name == "auto":
         name = "cuda" if there else "cpu"
     try:

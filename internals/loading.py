@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Subset
 
-from internals import devices
+from internals import devices, process
 
 
 class ReadAhead:
@@ -57,8 +57,8 @@ Loader = DataLoader | ReadAhead
 
 
 def leave_signals(_: int) -> None:
-    """Leave Ctrl-C and SIGTERM, which may go to all processes, to the one that this one reads for."""
-    for name in (signal.SIGINT, signal.SIGTERM):
+    """Leave signals that end a command, which may go to all processes, to the one that this one reads for."""
+    for name in (signal.SIGINT, *process.STOPPING):
         signal.signal(name, signal.SIG_IGN)
 
 

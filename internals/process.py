@@ -10,7 +10,7 @@ import signal
 import sys
 import threading
 from collections.abc import Callable, Iterator
-from typing import Any, NoReturn, TypeVar, cast
+from typing import Any, ClassVar, TypeVar, cast
 
 import numpy as np
 import torch
@@ -18,6 +18,7 @@ import torch
 from internals.errors import Failure, InputError
 
 LONGEST = 8000  # characters of an error
+STOPPING = (signal.SIGTERM, signal.SIGUSR1)  # as batch systems send them before they kill
 # how PyTorch, cuDNN and cuBLAS say that memory does not suffice
 SCARCE = "out of memory|can't allocate memory|_(ALLOC|ALLOCATION)_FAILED"
 # and what cuDNN says where no algorithm's workspace fits, or either where it cannot even be set up
@@ -31,13 +32,17 @@ Main = TypeVar("Main", bound=Callable[..., int])
 
 
 class Terminated(KeyboardInterrupt):
-    """SIGTERM, as batch systems send it before they kill."""
+    """A signal that batch systems send before they kill: SIGTERM or SIGUSR1."""
+
+    def __init__(self, number: int) -> None:
+        super().__init__(number)
+        self.status = 128 + number  # as a shell would report it
 
 
 def command(saved: str) -> Callable[[Main], Main]:
     """Make what ends an entry script early one line on stderr and an exit status.
 
-    2 for an `InputError`, 1 for a `Failure`, 130 for Ctrl-C and 143 for SIGTERM.
+    2 for an `InputError`, 1 for a `Failure`, 130 for Ctrl-C, 138 for SIGUSR1 and 143 for SIGTERM.
 
     Args:
         saved: what an interrupted command has saved, and how it goes on.
@@ -60,7 +65,7 @@ def command(saved: str) -> Callable[[Main], Main]:
                 os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for what is still buffered
                 line, status = f"error: standard output was closed; {saved}", 1
             except KeyboardInterrupt as interrupt:
-                line, status = f"interrupted: {saved}", 143 if isinstance(interrupt, Terminated) else 130
+                line, status = f"interrupted: {saved}", getattr(interrupt, "status", 130)
             print(printable(line), file=sys.stderr)
             return status
 
@@ -69,19 +74,53 @@ def command(saved: str) -> Callable[[Main], Main]:
     return guard
 
 
+class _Step:
+    """Whether a step is under way whose end is worth waiting for, and which signals came meanwhile."""
+
+    under_way = False
+    signals: ClassVar[list[int]] = []
+
+
+@contextlib.contextmanager
+def step() -> Iterator[Callable[[], bool]]:
+    """A step of long work, saved at its end: the first SIGTERM or SIGUSR1 waits for it, the next does not.
+
+    Yields:
+        Whether such a signal came, so that it is the last step.
+
+    Raises:
+        Terminated: at the end, where one came.
+    """
+    _Step.under_way = True
+    try:
+        yield lambda: bool(_Step.signals)
+    finally:
+        _Step.under_way = False
+        came, _Step.signals = _Step.signals, []
+    if came:
+        raise Terminated(came[0])
+
+
 @contextlib.contextmanager
 def _termination() -> Iterator[None]:
-    """Raise `Terminated` on SIGTERM, so that it unwinds like Ctrl-C."""
+    """Raise `Terminated` on SIGTERM and SIGUSR1, so that they unwind like Ctrl-C; a `step` is waited for."""
     if threading.current_thread() is not threading.main_thread():  # only there may handlers be set
         yield
         return
 
-    def handler(*_: object) -> NoReturn:
+    def handler(number: int, frame: object) -> None:
+        if _Step.under_way and not _Step.signals:
+            _Step.signals.append(number)
+            name = signal.Signals(number).name
+            # not by print, which the signal may have come in the middle of
+            os.write(2, f"{name}: this step is finished and saved first; again ends it at once\n".encode())
+            return
         signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # PyTorch's raises where a reading process ends with us
-        raise Terminated
+        raise Terminated(number)
 
-    before = {name: signal.getsignal(name) for name in (signal.SIGTERM, signal.SIGCHLD)}
-    signal.signal(signal.SIGTERM, handler)
+    before = {name: signal.getsignal(name) for name in (*STOPPING, signal.SIGCHLD)}
+    for name in STOPPING:
+        signal.signal(name, handler)
     try:
         yield
     finally:

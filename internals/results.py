@@ -2,11 +2,13 @@
 
 One record says so for every command. It holds the run's identity (what two calls must have in common for the
 second to go on with the first), and the names of the finished parts, folds mostly. Each part under work has a
-lock of its own; the record and what is made of all parts change under the folder's lock alone.
+lock of its own; the record and what is made of all parts change under the folder's lock alone. Several
+processes may share a part; each has a lock of its own then, and the last to finish puts the part together.
 """
 
 import contextlib
 import os
+import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -14,9 +16,12 @@ from typing import Any
 
 from internals import storage
 from internals.errors import InputError, blaming
+from internals.sharing import WHOLE, Share
 
 LOCK = ".lock"
 FINISHED, SUMMARY = "finished", "summary"  # the record's list of finished parts; the last of them
+PARTS, SHARES = "parts", "shares"  # its list of all parts; how unfinished ones are shared,
+DONE = "done"  # and the numbers of the shares that are done
 PartKey = int | str  # a fold's number, or the name of another part
 
 
@@ -27,7 +32,7 @@ class Files:
     record: str
     part: Sequence[str]  # a part is finished only while all of these are there
     beside: Sequence[str] = ()  # glob patterns of what else a part may consist of
-    progress: Sequence[str] = ()  # what an unfinished part goes on from; removed once it is finished
+    progress: Sequence[str] = ()  # glob patterns of what an unfinished part goes on from, and then removed
     shared: Sequence[str] = ()  # files that grow with the parts
     summary: Sequence[str] = ()  # what is made of all parts
     facts: Sequence[str] = ()  # what the record says of each finished part: a dict by the part's number each
@@ -55,6 +60,7 @@ class ResultFolder:
         overwrite: whether to remove what is there first: all of it or, with `chosen`, those parts and what is
             made of all.
         implied: what records of earlier versions, which do not say it, mean.
+        share: which share of every chosen part this call works on; None where parts are not shared.
     """
 
     path: Path
@@ -65,6 +71,7 @@ class ResultFolder:
     chosen: Sequence[PartKey] | None = None
     overwrite: bool = False
     implied: Mapping[str, Any] = field(default_factory=dict)
+    share: Share | None = None
 
     # Before any work ----------------------------------------------------------------------------
 
@@ -140,49 +147,129 @@ class ResultFolder:
         storage.make_folder(self.path)
         chosen = list(self.parts if self.chosen is None else self.chosen)
         with contextlib.ExitStack() as stack:
-            for part in chosen:
-                try:
-                    stack.enter_context(storage.locked(self._lock(part), wait=False))
-                except BlockingIOError as problem:
-                    raise InputError(f"{self.path}: another process is at work on {_name(part)}") from problem
             with self.locked():
+                for part in chosen:
+                    self._take(part, stack)
                 missing = self._begin(chosen, about)
             yield missing
 
-    def _lock(self, part: PartKey) -> Path:
-        return self.path / f"{LOCK}-{_name(part).replace(' ', '_')}"
+    def _take(self, part: PartKey, stack: contextlib.ExitStack) -> None:
+        """Hold a part, or this call's share of it; InputError where somebody else does."""
+        busy = f"{self.path}: another process is at work on {_name(part)}"
+        others = [lock for lock, share in self._locks(part).items() if share.of != self._division.of]
+        if any(storage.is_held(lock) for lock in others):
+            raise InputError(f"{busy}, divided otherwise")
+        try:
+            stack.enter_context(storage.locked(self._lock(part, self._division), wait=False))
+        except BlockingIOError as problem:
+            raise InputError(busy) from problem
+
+    @property
+    def _division(self) -> Share:
+        return self.share or WHOLE
+
+    def _lock(self, part: PartKey, share: Share) -> Path:
+        own = "" if share == WHOLE else f"_part_{share.number}_of_{share.of}"
+        return self.path / f"{LOCK}-{_name(part).replace(' ', '_')}{own}"
+
+    def _locks(self, part: PartKey) -> dict[Path, Share]:
+        """The lock files of a part that are there, and the shares that they are of."""
+        whole, locks = self._lock(part, WHOLE), {}
+        for lock in self.path.glob(f"{whole.name}*"):
+            match = re.fullmatch(r"(?:_part_(\d+)_of_(\d+))?", lock.name.removeprefix(whole.name))
+            if match:
+                locks[lock] = Share(int(match[1] or 1), int(match[2] or 1))
+        return locks
 
     def _begin(self, chosen: list[PartKey], about: Mapping[str, Any]) -> list[PartKey]:
         """Tidy up, remove what is to be made anew, write the record; returns the unfinished parts."""
         found, files = self._find(), self.files
         if self.overwrite and self.chosen is None:  # an earlier run may have had more parts
-            others = set(self.path.glob(f"{LOCK}-*")) - {self._lock(part) for part in chosen}
+            others = set(self.path.glob(f"{LOCK}-*")) - {self._lock(part, self._division) for part in chosen}
             if any(storage.is_held(lock) for lock in others):
                 raise InputError(f"--overwrite: another process is at work in {self.path}")
             for lock in others:  # of processes that died
                 lock.unlink(missing_ok=True)
-        mine = [name for part in chosen for name in files.of(part)]
+        kept = self._kept(found)
+        missing = [part for part in chosen if part not in kept]
+        joined, shares = self._divide(found, missing, kept) if self.share else ([], {})
+        mine = [name for part in chosen if part not in joined for name in files.of(part)]
         shared = [*files.summary, *files.shared, files.record]
         storage.remove_leftovers(self.path, [*mine, *self._overwritten(), *shared])
         storage.remove(self.path, self._overwritten())
-        kept = self._kept(found)
-        missing = [part for part in chosen if part not in kept]
         struck = [*missing, SUMMARY] if missing or SUMMARY not in kept else []
         record = {"versions": storage.package_versions(), **found, **about, **self.identity}
+        record[PARTS] = list(self.parts)
         # other processes' parts stay, even if they were made from what this one has not seen yet
         record[FINISHED] = [part for part in self._named(found) if part not in struck]
         for fact in files.facts:
             entries = storage.entry({fact: {}} | found, fact, dict)
             record[fact] = {key: entries[key] for key in entries if key not in map(str, missing)}
+        record = _with_shares(record, shares)
         if record != found:
             storage.write_json(record, self.path / files.record)
-        for part in chosen:  # the progress of those that are missing stays
-            names = files.progress if part in kept else [*files.part, *files.beside]
+        for part in set(chosen) - set(joined):
+            made = [*files.part, *files.beside] if part in missing else []
+            goes_on = part in missing and not self.share  # from what progress there is
+            names = [*made, *([] if goes_on else files.progress)]
             storage.remove(self.path, [name.format(part) for name in names])
         if missing:
             storage.remove(self.path, files.summary)
         self.overwrite = False  # what was to go is gone; what comes now is to stay
         return missing
+
+    def _divide(
+        self, found: dict[str, Any], missing: list[PartKey], kept: set[PartKey]
+    ) -> tuple[list[PartKey], dict[str, Any]]:
+        """The missing parts of which others have shares, or this call had; and how the record says so."""
+        shares = {key: of for key, of in self._shares(found).items() if key not in map(str, kept)}
+        joined = [part for part in missing if self._is_ours(shares.get(str(part)), part)]
+        for part in set(missing) - set(joined):
+            others = set(self._locks(part)) - {self._lock(part, self._division)}
+            if any(storage.is_held(lock) for lock in others):
+                raise InputError(f"{self.path}: another process is at work on {_name(part)} of other weights")
+            if str(part) in shares:
+                print(f"{_name(part)}: was divided otherwise, or made from something else; begins again")
+            shares[str(part)] = {
+                "of": self._division.of,
+                DONE: [],
+                "from": dict(self.made_from.get(part, {})),
+            }
+        return joined, shares
+
+    def _shares(self, record: Mapping[str, Any]) -> dict[str, Any]:
+        """How unfinished parts are shared, by their names in a record."""
+        with blaming(self.path / self.files.record):
+            return dict(storage.entry({SHARES: {}} | dict(record), SHARES, dict))
+
+    def _is_ours(self, division: Any, part: PartKey) -> bool:
+        """Whether a part is divided as this call does it, and made from the same."""
+        if not self.share or not isinstance(division, dict) or not isinstance(division.get(DONE), list):
+            return False
+        return (division.get("of"), division.get("from")) == (self.share.of, self.made_from.get(part, {}))
+
+    @contextlib.contextmanager
+    def finish_share(self, part: PartKey) -> Iterator[dict[str, Any] | None]:
+        """Say in the record that this call's share of a part is finished, its progress being saved.
+
+        Yields:
+            None; or, where it was the last share, a dict: then the part's files are to be made now, while the
+            folder is held, and what the record is to say of the part goes into the dict.
+        """
+        with self.locked():
+            record = self._read()
+            shares = self._shares(record)
+            with blaming(self.path / self.files.record):
+                done = storage.entry(storage.entry(shares, str(part), dict), DONE, list)
+            done[:] = sorted({*done, self._division.number})
+            storage.write_json(record | {SHARES: shares}, self.path / self.files.record)
+            facts: dict[str, Any] | None = {} if len(done) == self._division.of else None
+            yield facts
+            if facts is not None:
+                self._enter(part, {**self.made_from.get(part, {}), **facts})
+                progress = [name.format(part) for name in self.files.progress]
+                storage.remove_leftovers(self.path, [*progress, *self.files.of(part)])
+                storage.remove(self.path, progress)
 
     def finish(self, part: PartKey, **facts: Any) -> None:
         """Say in the record that a part is finished, its files being there, and what is to be known of it."""
@@ -202,6 +289,20 @@ class ResultFolder:
             yield due
             if due:
                 self._enter(SUMMARY, {})
+
+    def states(self) -> dict[str, str]:
+        """What every part or share, and the summary, is: finished, running (somebody holds it) or open."""
+        record, states = self._read(), {}
+        kept = self._kept(record)
+        for part in self.parts:
+            held = {share for lock, share in self._locks(part).items() if storage.is_held(lock)}
+            division = self._shares(record).get(str(part), {})
+            of = max([share.of for share in held], default=division.get("of", 1))
+            for number in range(1, of + 1):
+                name = f"{_name(part)}, part {number} of {of}" if of > 1 and part not in kept else _name(part)
+                done = part in kept or (of > 1 and number in division.get(DONE, []))
+                states[name] = "finished" if done else "running" if Share(number, of) in held else "open"
+        return states | {SUMMARY: "finished" if SUMMARY in kept else "open"}
 
     def unfinished(self) -> list[Any]:
         """The numbers of the parts that are not finished."""
@@ -253,12 +354,31 @@ class ResultFolder:
     def _enter(self, part: PartKey, facts: Mapping[str, Any]) -> None:
         """Enter a finished part into the record."""
         record = self._read()
+        shares = {key: of for key, of in self._shares(record).items() if key != str(part)}
+        record = _with_shares(record, shares)
         finished = [*self._named(record), part]
         record[FINISHED] = [name for name in (*self.parts, SUMMARY) if name in finished]
         for fact, value in facts.items():
             entries = {**record.get(fact, {}), str(part): value}
             record[fact] = {str(key): entries[str(key)] for key in self.parts if str(key) in entries}
         storage.write_json(record, self.path / self.files.record)
+
+
+def states_of(path: Path, files: Files) -> dict[str, str]:
+    """`ResultFolder.states` of what lies in a folder, whatever run it is of; empty where there is none."""
+    if not (path / files.record).exists():
+        return {}
+    record = storage.read_json(path / files.record)
+    with blaming(path / files.record):
+        before = [part for part in storage.entry({FINISHED: []} | record, FINISHED, list) if part != SUMMARY]
+        parts = storage.entry({PARTS: before} | record, PARTS, list)  # those of an earlier version: unsaid
+    return ResultFolder(path, files, parts, {}).states()
+
+
+def _with_shares(record: Mapping[str, Any], shares: Mapping[str, Any]) -> dict[str, Any]:
+    """A record that says how unfinished parts are shared, where any is."""
+    others = {name: value for name, value in record.items() if name != SHARES}
+    return others | ({SHARES: shares} if shares else {})
 
 
 def _name(part: PartKey) -> str:

@@ -10,10 +10,12 @@ import os
 import platform
 import reprlib
 import stat
+import time
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pandas as pd
 import torch
 
@@ -27,6 +29,7 @@ KEPT = "; what was finished before is kept"
 
 # Locks -------------------------------------------------------------------------------------------
 
+PATIENCE = 0.5  # seconds that a lock is tried for, as somebody may just look at it (`is_held`)
 _held: set[int] = set()  # descriptors of this process's locks
 
 
@@ -62,6 +65,7 @@ def locked(path: Path, wait: bool = True) -> Iterator[None]:
 
 def _lock(path: Path, wait: bool) -> int:
     """Open and lock a file, again and again until it is still at its path afterwards."""
+    patient_until = time.monotonic() + PATIENCE
     try:
         while True:
             handle = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
@@ -70,6 +74,11 @@ def _lock(path: Path, wait: bool) -> int:
                 fcntl.flock(handle, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
                 if _is_at(handle, path):
                     return handle
+            except BlockingIOError:
+                if time.monotonic() > patient_until:
+                    _close(handle)
+                    raise
+                time.sleep(PATIENCE / 10)
             except BaseException:
                 _close(handle)
                 raise
@@ -99,10 +108,10 @@ def _close(handle: int) -> None:
 
 
 def is_held(path: Path) -> bool:
-    """Whether another process holds a lock file."""
+    """Whether another process holds a lock file; to look is to hold it, shared, for an instant."""
     try:
-        with path.open("rb") as stream:
-            fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        with path.open("rb") as stream:  # which NFS does not lock but shared
+            fcntl.flock(stream, fcntl.LOCK_SH | fcntl.LOCK_NB)
     except FileNotFoundError:
         return False
     except BlockingIOError:
@@ -191,6 +200,12 @@ def write_tensors(record: dict[str, Any], path: Path) -> None:
     torch.save(record, buffer)
     with atomic_write(path) as partial:
         partial.write_bytes(buffer.getbuffer())
+
+
+def write_arrays(arrays: dict[str, np.ndarray], path: Path) -> None:
+    """Write arrays as numpy.savez does."""
+    with atomic_write(path) as partial:
+        np.savez(partial, **arrays)  # type: ignore[arg-type]  # as if a name could be `allow_pickle`
 
 
 # Records -----------------------------------------------------------------------------------------

@@ -28,7 +28,7 @@ from cohorts import (
     read_values,
     write_csv,
 )
-from interruptions import ends_after, terminate
+from interruptions import ends_after, interrupt
 
 import dataset
 import explaining
@@ -396,7 +396,7 @@ MOMENTS += [(heatmap, "update_subjects", 2, []), (heatmap.FoldMaps, "average", 1
 def test_interrupted_maps_go_on(maps, lively_run, tmp_path, monkeypatch, module, step, call, finished):
     with monkeypatch.context() as patch:
         ends_after(patch, module, step, call)
-        assert again(lively_run, tmp_path / "LRP") == 143
+        assert again(lively_run, tmp_path / "LRP") == 130
     assert read_record(tmp_path / "LRP")["finished"] == finished
     assert not list(tmp_path.rglob(".*"))  # neither locks nor half a file
     assert again(lively_run, tmp_path / "LRP") == 0
@@ -443,8 +443,8 @@ def test_fold_that_is_begun_again_is_struck_off_first(copy, maps, lively_copy, m
     former = weights.read_bytes()
     shutil.copy(lively_copy / "state_dict_f0.pth", weights)
     with monkeypatch.context() as patch:
-        patch.setattr(heatmap, "explain_fold", terminate)
-        assert again(lively_copy, copy) == 143
+        patch.setattr(heatmap, "explain_fold", interrupt)
+        assert again(lively_copy, copy) == 130
     check_only(copy, maps, fold=0)
     weights.write_bytes(former)
     assert again(lively_copy, copy) == 0
@@ -513,8 +513,8 @@ def test_overwrite_of_one_fold_keeps_the_others(copy, lively_run, maps, monkeypa
     """Its map, its scans' maps, its rows and the means go; what is of other folds stays, byte for byte."""
     options = ["--run-folds", "0", "--overwrite"]
     with monkeypatch.context() as patch:
-        patch.setattr(heatmap, "explain_fold", terminate)
-        assert again(lively_run, copy, *options) == 143
+        patch.setattr(heatmap, "explain_fold", interrupt)
+        assert again(lively_run, copy, *options) == 130
     check_only(copy, maps, fold=1)
     assert again(lively_run, copy, *options) == 0
     assert "kept" not in capsys.readouterr().out

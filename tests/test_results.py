@@ -83,7 +83,9 @@ def test_new_folder_is_made_when_work_begins(tmp_path):
     assert not results.check()
     assert run(results, csv="data.csv") == ([0, 1, 2], True)
     assert set(contents(tmp_path / "a" / "b")) == EVERYTHING - {"table.csv"}
-    about = {"csv": "data.csv", "versions": storage.package_versions(), "finished": [0, 1, 2, "summary"]}
+    about = {"csv": "data.csv", "versions": storage.package_versions(), "finished": [0, 1, 2, "summary"]} | {
+        "parts": [0, 1, 2]
+    }
     device = {"0": "gpu0", "1": "gpu1", "2": "gpu2"}
     assert record_of(tmp_path / "a" / "b") == IDENTITY | about | {"device": device, "digest": {}}
 

@@ -161,10 +161,10 @@ def test_scans_are_of_different_subjects_and_both_labels(lively_run):
 def test_interrupted_panel_goes_on_with_the_next_scan(
     call, done, some_maps, lively_run, tmp_path, monkeypatch
 ):
-    """SIGTERM after the n-th table, each scan's, then the fold's: the rest is made, the same bytes."""
+    """Ctrl-C after the n-th table, each scan's, then the fold's: the rest is made, the same bytes."""
     with monkeypatch.context() as patch:
         ends_after(patch, storage, "write_csv", call)
-        assert check(some_maps, lively_run, tmp_path) == 143
+        assert check(some_maps, lively_run, tmp_path) == 130
     explained: list[int] = []
     honest = sanity.Panel._check_scan
 

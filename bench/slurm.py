@@ -15,6 +15,7 @@ import contextlib
 import getpass
 import os
 import re
+import shlex
 import signal
 import socket
 import subprocess
@@ -36,14 +37,16 @@ import simulate  # noqa: E402
 import utils  # noqa: E402
 
 PACKAGES = ["munge", "slurmctld", "slurmd", "slurm-client", "slurm-wlm-basic-plugins"]
-FOLDS, PARTS, METHODS = 4, 2, "LRP IG"
-TRAIN = "--model modelB2 --epochs 6 --batch 3 --lr 1e-3 --cache none --workers 0"
-MAPS, CHECKS = "--steps 10 --save-subjects", "--scans-per-fold 1 --repeats 1 --orders"
-PATIENCE = 240  # seconds for which anything is waited for
+FOLDS, PARTS, METHODS = 4, 2, "LRP Gradient"
+TRAIN = "--model modelB2 --epochs 4 --batch 3 --lr 1e-3 --cache none --workers 0"
+MAPS, CHECKS = "--save-subjects", "--scans-per-fold 1 --repeats 1 --orders"
+COMPARE = "--smooth 0 --rank-smooth 0"
+PATIENCE = 400  # seconds for which anything is waited for
 SETTINGS = f"""
 PARTITION=bench ACCOUNT='' GPUS=0 CPUS=1 MEMORY=900M TIME=30 LEAD=90
 SETUP='PATH="{Path(sys.executable).parent}:$PATH"'
 FOLDS={FOLDS} PARTS={PARTS} METHODS='{METHODS}' TRAIN='{TRAIN}' MAPS='{MAPS}' CHECKS='{CHECKS}'
+COMPARE='{COMPARE}'
 """
 # A requeued job waits until its credential has expired: here five seconds, the least; else two minutes.
 CONFIGURATION = """
@@ -283,8 +286,8 @@ def as_expected(table: pd.DataFrame, expected: dict[str, str]) -> bool:
 # The same without Slurm, and the comparison --------------------------------------------------------
 
 
-def run_plainly(cohort: Path) -> None:
-    """Type the commands one after the other, neither folds nor scans dealt out."""
+def start_plainly(slurm: Slurm, cohort: Path, folder: Path) -> subprocess.Popen:
+    """Start the commands one after the other, neither folds nor scans dealt out; they end with `slurm`."""
     masked, cpu = ["--mask", cohort / "mask.nii.gz"], ["--device", "cpu"]
     commands: list[list[Any]] = [
         ["train_cv.py", "--path", cohort / "data.csv", "--fold", FOLDS, *TRAIN.split(), *cpu],
@@ -292,35 +295,35 @@ def run_plainly(cohort: Path) -> None:
         ["svm.py", *masked],
         ["ttest.py", *masked],
         ["sanity.py", *masked, *CHECKS.split(), *cpu],
-        ["overlap.py", *masked, "--reference", cohort / "truth.nii.gz"],
+        ["overlap.py", *masked, "--reference", cohort / "truth.nii.gz", *COMPARE.split()],
     ]
-    for words in commands:
-        torture.finish(torture.start(torture.command(*words)))
+    script = "\n".join(shlex.join(torture.command(*words)) for words in commands)
+    pipes: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
+    return subprocess.Popen(["bash", "-ec", script], cwd=folder, env=slurm.environment, **pipes)
 
 
 @utils.command("nothing of it is kept")
 def main(argv: list[str] | None = None) -> int:
-    """Run the recipe on a disturbed Slurm, then plainly; print how the jobs ended and what differs."""
+    """Run the recipe on a disturbed Slurm, and plainly; print how the jobs ended and what differs."""
     utils.ArgumentParser(__doc__).parse_args(argv)
     with tempfile.TemporaryDirectory() as name:
         top = Path(name)
-        cohort, place, disturbed = top / "cohort", top / "a run", top / "disturbed"
+        cohort, disturbed, plain = top / "cohort", top / "a run", top / "plain"
         simulate.main(["--outpath", str(cohort), "--subjects", "16"])
-        place.mkdir()
-        with running_slurm(top) as slurm, contextlib.chdir(place):
+        disturbed.mkdir()
+        plain.mkdir()
+        with running_slurm(top) as slurm, contextlib.chdir(disturbed):
             Path("site.sh").write_text(SETTINGS)
             numbers = submit(slurm, cohort)
             disturb_training(slurm, numbers["train"])
             good = as_expected(ends(slurm, numbers), FIRST)
+            undisturbed = start_plainly(slurm, cohort, plain)
             numbers = submit(slurm, cohort)
             disturb_maps(slurm, numbers["maps"])
             good &= as_expected(ends(slurm, numbers), SECOND)
-        place.rename(disturbed)
-        place.mkdir()
-        with contextlib.chdir(place):
-            run_plainly(cohort)
+            torture.finish(undisturbed)
         folders = ["models", "heatmaps"]
-        rows = [torture.differences(disturbed / folder, place / folder) for folder in folders]
+        rows = [torture.differences(disturbed / folder, plain / folder) for folder in folders]
     table = pd.DataFrame(rows, index=folders, columns=["files compared", "differences"])
     print(table.to_string())
     return int(not good or table["differences"].sum() > 0)

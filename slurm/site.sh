@@ -18,3 +18,4 @@ METHODS='LRP GGC IG'         # of heatmap.py
 TRAIN=''                     # more options of train_cv.py, such as '--model modelB44 --seed 1'
 MAPS=''                      # more options of heatmap.py, such as '--baseline controls'
 CHECKS=''                    # more options of sanity.py, such as '--scans-per-fold 2'
+COMPARE=''                   # more options of overlap.py, such as '--smooth 0 8'

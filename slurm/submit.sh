@@ -22,7 +22,7 @@ joined() (IFS=, && echo "$*")
 submit() {
     local name=$1 options=()
     while [ "$2" != -- ]; do options+=("$2") && shift; done
-    sbatch --parsable --job-name="cnn-$name" --output="logs/$name-%A_%a.txt" "${common[@]}" "${options[@]}" \
+    sbatch --parsable --job-name="cnn-$name" "${common[@]}" "${options[@]}" \
         "$suite/slurm/job.sh" $((LEAD - 30)) "$SETUP" "${@:3}" | sed 's/;.*//'
 }
 
@@ -46,7 +46,7 @@ rest=(
     "python3 $(quoted "$suite/ttest.py")$masked"
     "python3 $(quoted "$suite/sanity.py")--device $device $masked$CHECKS"
 )
-[ $# = 1 ] || rest+=("python3 $(quoted "$suite/overlap.py" --reference "$2")$masked")
+[ $# = 1 ] || rest+=("python3 $(quoted "$suite/overlap.py" --reference "$2")$masked$COMPARE")
 
 # What is open --------------------------------------------------------------------------------------
 
@@ -57,33 +57,40 @@ waiting=$(squeue --me --noheader --name=cnn-train,cnn-maps,cnn-rest --format='%i
 eval "$SETUP"
 trained=$(eval "$train --status")
 explained=$(eval "$explain --status")
+mapped() { # mapped PART: whether every method has finished it
+    for method in $METHODS; do
+        grep -qE "^$method\S* $1: finished" <<< "$explained" || return
+    done
+}
+
+# Where all that goes before is finished, the last of its jobs makes what was to be made of all.
 folds=() parts=()
 for ((fold = 0; fold < FOLDS; fold++)); do
-    grep -qE "^fold $fold: finished" <<< "$trained" || folds+=("$fold")
+    grep -q "^fold $fold: finished" <<< "$trained" || folds+=("$fold")
+    before=${#parts[@]}
     for ((part = 1; part <= PARTS; part++)); do
-        for method in $METHODS; do
-            grep -qE "^$method\S* fold $fold(, part $part of $PARTS)?: finished" <<< "$explained" && continue
-            parts+=("$((fold * PARTS + part - 1))")
-            break
-        done
+        mapped "fold $fold(, part $part of $PARTS)?" || parts+=("$((fold * PARTS + part - 1))")
     done
+    [ ${#parts[@]} -gt "$before" ] || mapped "fold $fold" || parts+=("$((fold * PARTS + PARTS - 1))")
 done
+[ ${#folds[@]} -gt 0 ] || grep -q "^summary: finished" <<< "$trained" || folds=($((FOLDS - 1)))
+[ ${#parts[@]} -gt 0 ] || mapped summary || parts=($((FOLDS * PARTS - 1)))
 
 # Submission ----------------------------------------------------------------------------------------
 
 mkdir -p logs
 after=() task=SLURM_ARRAY_TASK_ID # of the job, which evaluates its command line
 if [ ${#folds[@]} -gt 0 ]; then
-    job=$(submit train --array="$(joined "${folds[@]}")" -- "$train --device $device --run-folds \$$task")
+    job=$(submit train --array="$(joined "${folds[@]}")" --output=logs/train-%A_%a.txt -- "$train --device $device --run-folds \$$task")
     echo "training, folds ${folds[*]}: job $job"
     after=(--dependency="afterok:$job")
 fi
 if [ ${#parts[@]} -gt 0 ]; then
-    job=$(submit maps --array="$(joined "${parts[@]}")" "${after[@]}" -- "$explain --device $device \
+    job=$(submit maps --array="$(joined "${parts[@]}")" --output=logs/maps-%A_%a.txt "${after[@]}" -- "$explain --device $device \
         --run-folds \$(($task / $PARTS)) --part \$(($task % $PARTS + 1))/$PARTS")
     echo "maps, ${#parts[@]} of $((FOLDS * PARTS)) parts: job $job"
     after=(--dependency="afterok:$job")
 fi
-job=$(submit rest "${after[@]}" -- "${rest[@]}")
+job=$(submit rest --output=logs/rest-%j.txt "${after[@]}" -- "${rest[@]}")
 echo "svm.py, ttest.py, sanity.py${2:+, overlap.py}: job $job"
-echo "next: squeue --me; python3 train_cv.py --status; tail logs/*; and after an error the same line again"
+echo "next: squeue --me; python3 $suite/train_cv.py --status; tail logs/*; after an error the same line again"

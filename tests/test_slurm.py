@@ -26,7 +26,8 @@ END
 """
 SETTINGS = """
 PARTITION=short ACCOUNT= GPUS=1 CPUS=3 MEMORY=5G TIME=9:00 LEAD=90 SETUP='export READY=yes'
-FOLDS=2 PARTS=2 METHODS='LRP IG' TRAIN='--model modelB2' MAPS='--steps 9' CHECKS='--repeats 1'
+FOLDS=2 PARTS=2 METHODS='LRP IG' TRAIN='--model modelB2' MAPS='--steps 9'
+CHECKS='--repeats 1' COMPARE='--smooth 0'
 """
 FINISHED = "fold 0: finished\nfold 1: open; goes on after epoch 3"
 
@@ -172,11 +173,40 @@ def test_only_what_is_open_is_submitted(place):
     assert not any("--device" in call for call in asked)  # there may be no GPU where one submits
 
 
-def test_what_is_finished_is_not_submitted(place):
-    place.say("python3", "fold 0: finished\nfold 1: finished\nLRP fold 0: finished\nIG fold 0: finished")
-    place.type("my data.csv")
-    maps, _ = place.calls("sbatch")
-    assert (option(maps, "array"), option(maps, "dependency")) == ("2,3", None)
+def finished(*parts: str) -> str:
+    """What --status prints where these are finished."""
+    return "\n".join(f"{part}: finished" for part in parts)
+
+
+TRAINED = finished("fold 0", "fold 1", "summary")
+MAPPED = finished(
+    *(f"{method} {part}" for method in ("LRP", "IG") for part in ("fold 0", "fold 1", "summary"))
+)
+
+
+@pytest.mark.parametrize(
+    ("status", "train", "maps"),
+    [
+        (f"{TRAINED}\n{MAPPED}", None, None),
+        (f"{TRAINED}\n{finished('LRP fold 0', 'IG fold 0')}", None, "2,3"),
+        # killed when all was there but what is made of it
+        (f"{finished('fold 0', 'fold 1')}\n{MAPPED}", "1", None),
+        (f"{TRAINED}\n{MAPPED.replace('IG summary', '')}", None, "3"),
+        (
+            f"{TRAINED}\n{MAPPED.replace('IG fold 0', 'IG fold 0, part 1 of 2')}\n"
+            f"{finished('IG fold 0, part 2 of 2')}",
+            None,
+            "1",
+        ),
+    ],
+)
+def test_what_is_finished_is_not_submitted(place, status, train, maps):
+    place.say("python3", status)
+    assert place.type("my data.csv").returncode == 0
+    *arrays, rest = place.calls("sbatch")
+    assert [option(call, "array") for call in arrays] == [tasks for tasks in (train, maps) if tasks]
+    assert option(rest, "array") is None
+    assert (option(rest, "dependency") is None) == (not arrays)
 
 
 def test_a_site_without_gpus_and_with_accounts(place):
@@ -205,7 +235,7 @@ def test_the_jobs_run_what_was_asked_for(place):
         [f"{suite}/svm.py", *masked],
         [f"{suite}/ttest.py", *masked],
         [f"{suite}/sanity.py", *gpu, *masked, "--repeats", "1"],
-        [f"{suite}/overlap.py", "--reference", "truth.nii.gz", *masked],
+        [f"{suite}/overlap.py", "--reference", "truth.nii.gz", *masked, "--smooth", "0"],
     ]
 
 
@@ -254,8 +284,7 @@ def test_signals_are_passed_on(place, name, word, status):
     job = place.job(listener(place, "exit 138", "exit 143"), "echo the next line")
     begun(job)
     job.send_signal(signal.Signals[f"SIG{name}"])
-    assert job.communicate()[0] == f"{word}\n"
-    assert job.returncode == status
+    assert (*job.communicate(), job.returncode) == (f"{word}\n", "", status)
     assert place.calls("scontrol") == [["requeue", "7"]]
 
 

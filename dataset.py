@@ -130,7 +130,7 @@ class Cohort:
 
         Args:
             threads: that decode.
-            rows: the scans that will be used, where the cache keeps none; the others are not checked.
+            rows: those that are checked ahead where the cache keeps none (all); others, when they are used.
 
         Raises:
             InputError: naming every scan that cannot be used; or the cache has no room for them.
@@ -138,7 +138,8 @@ class Cohort:
         shape = (len(self.table), *self.grid.shape)
         chosen = self.table if rows is None else self.table.loc[list(rows)]
         read = functools.partial(_decode_all, chosen, max(threads, 1))
-        return ScanDataset(self.table, cache.fill(shape, _cache_key(self.table, self.grid), read))
+        key = _cache_key(self.table, self.grid)
+        return ScanDataset(self.table, cache.fill(shape, key, read, len(chosen)))
 
 
 def new_cohort(

@@ -2,6 +2,7 @@
 
 import time
 import zipfile
+import zlib
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence, Sized
 from dataclasses import dataclass, field
@@ -24,6 +25,17 @@ from models import CNN3d
 TARGETS = ("label", "predicted", "0", "1")
 FOUND = ["predicted", "target", "prob_target", "sum", "residual", "zero"]  # what is found of each scan
 COUNTED = ["predicted", "target", "zero"]  # those that are whole numbers
+# what reading a damaged .npz ends with
+UNREADABLE = (
+    OSError,
+    ValueError,
+    KeyError,
+    EOFError,
+    TypeError,
+    RuntimeError,
+    zipfile.BadZipFile,
+    zlib.error,
+)
 SAVE_EVERY = 300  # seconds, so that a kill costs no more
 
 
@@ -171,8 +183,8 @@ class Progress:
         storage.write_arrays(arrays, path)
 
     @classmethod
-    def load(cls, path: Path, shape: tuple[int, ...]) -> "Progress":
-        """What `save` wrote, of maps of a shape; InputError where the file is damaged."""
+    def load(cls, path: Path, shape: tuple[int, ...], scans: int) -> "Progress":
+        """What `save` wrote, of maps of a shape, of so many scans at most; InputError where it is damaged."""
         progress = cls()
         try:
             with np.load(path) as arrays:
@@ -188,9 +200,9 @@ class Progress:
                 for part in (progress.means.sums, progress.means.lost)
                 for values in part.values()
             }
-            if shapes - {shape} or progress.means.counts.total() != len(progress.found):
+            if shapes - {shape} or not progress.means.counts.total() == len(progress.found) <= scans:
                 raise ValueError("of other maps")
-        except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile) as problem:
+        except UNREADABLE as problem:
             raise InputError(
                 f"{path}: is damaged ({problem}); remove it to explain its scans again"
             ) from problem
@@ -224,24 +236,24 @@ def explain_scans(
     """
     model, scans = next(iter(explainers.values())).model, len(cast(Sized, loader.dataset))
     done, saved = len(seeds) - scans, time.monotonic()
-    with utils.progress(None, scans, desc=name) as bar:
+    with process.steps(save) as finish_step, utils.progress(None, scans, desc=name) as bar:
         for volume, label in _on_device(loader, model):
-            with process.step() as is_last:
-                numbers = range(done, done + len(label))
-                with torch.no_grad():
-                    logits = model(volume)  # (B, 2)
-                for who, explainer in explainers.items():
-                    if len(progress[who].found) < numbers.stop:
-                        maps, found = explainer.explain(volume, label, logits, [seeds[i] for i in numbers])
-                        if not torch.isfinite(maps).all():
-                            raise FloatingPointError(f"{name}: a map of {who} has values that are not finite")
-                        _take_over(progress[who], numbers, maps, found, label.tolist(), partial(keep, who))
-                done = numbers.stop
-                if is_last() or time.monotonic() - saved > SAVE_EVERY:
-                    save()
-                    saved = time.monotonic()
+            numbers = range(done, done + len(label))
+            with torch.no_grad():
+                logits = model(volume)  # (B, 2)
+            for who, explainer in explainers.items():
+                if len(progress[who].found) < numbers.stop:
+                    maps, found = explainer.explain(volume, label, logits, [seeds[i] for i in numbers])
+                    if not torch.isfinite(maps).all():
+                        raise FloatingPointError(f"{name}: a map of {who} has values that are not finite")
+                    _take_over(progress[who], numbers, maps, found, label.tolist(), partial(keep, who))
+            done = numbers.stop
             bar.update(len(label))
-    save()
+            finish_step()
+            if time.monotonic() - saved > SAVE_EVERY:
+                save()
+                saved = time.monotonic()
+        save()
 
 
 def _take_over(

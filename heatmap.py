@@ -52,7 +52,7 @@ FILES = Files(
         "baseline_f{}.nii.gz",
         "subjects/f{}_*.nii.gz",
     ],
-    progress=["sums_f{}[.-]*"],
+    progress=["sums_f{}{}.npz"],
     summary=[
         "map_all.nii.gz",
         "map_controls.nii.gz",
@@ -179,8 +179,8 @@ class FoldMaps:
         """Hold the chosen folds; yields those that are missing."""
         with self.results.at_work(about) as missing:
             utils.say_kept(chosen, missing, f"{self.name} ")
-            with self.results.locked():
-                update_subjects(self.results.path, missing)
+            with self.results.locked():  # another process may have finished one meanwhile
+                update_subjects(self.results.path, [f for f in missing if f in self.results.unfinished()])
             if self.options["save_subjects"]:
                 storage.make_folder(self.results.path / "subjects")
             yield missing
@@ -206,14 +206,15 @@ class FoldMaps:
         """Which of every fold's test scans are explained."""
         return self.results.share or WHOLE
 
-    def progress(self, fold: int) -> Progress:
-        """What an interrupted call found of its share."""
-        file = self._progress_file(fold, self.share.number)
-        return Progress.load(file, self.cohort.grid.shape) if file.exists() else Progress()
+    def progress(self, fold: int, share: Share | None = None) -> Progress:
+        """What was found of this share, or of another one, so far."""
+        share = share or self.share
+        file, rows = self._progress_file(fold, share), share.deal(self.cohort.scan_indices(fold, "test"))
+        return Progress.load(file, self.cohort.grid.shape, len(rows)) if file.exists() else Progress()
 
     def save(self, fold: int, progress: Progress) -> None:
         """Save what was found of this share."""
-        progress.save(self._progress_file(fold, self.share.number))
+        progress.save(self._progress_file(fold, self.share))
 
     def finish(self, fold: int, device: torch.device) -> None:
         """Finish this share of a fold; after the last, write the mean maps and the rows of all scans."""
@@ -222,9 +223,12 @@ class FoldMaps:
                 return
             means, rows = MeanMaps(), []
             for number in range(1, self.share.of + 1):
-                part = Progress.load(self._progress_file(fold, number), self.cohort.grid.shape)
+                share = Share(number, self.share.of)
+                part, dealt = self.progress(fold, share), share.deal(self.cohort.scan_indices(fold, "test"))
+                if len(part.found) < len(dealt):
+                    file = self._progress_file(fold, share)
+                    raise InputError(f"{file}: lacks scans; remove it to explain them again")
                 means.merge(part.means)
-                dealt = Share(number, self.share.of).deal(self.cohort.scan_indices(fold, "test"))
                 rows.append(part.found.set_index(pd.Index(dealt)))
             self._save(means.mean(), f"map_f{fold}")
             for group, label in GROUPS.items():
@@ -236,8 +240,8 @@ class FoldMaps:
             update_subjects(self.results.path, [fold], table)
             about |= facts(table, device)
 
-    def _progress_file(self, fold: int, number: int) -> Path:
-        return self.results.path / f"sums_f{fold}{Share(number, self.share.of).suffix}.npz"
+    def _progress_file(self, fold: int, share: Share) -> Path:
+        return self.results.path / FILES.progress[0].format(fold, share.suffix)
 
     def average(self, model: str, background: np.ndarray) -> None:
         """Write the mean of the fold means, those of the groups, the mean scan, and the picture of all."""
@@ -279,8 +283,11 @@ def explain_folds(
         missing = [stack.enter_context(each.begin(about, chosen)) for each in maps]
         for fold in chosen:
             due = [each for each, folds in zip(maps, missing, strict=True) if fold in folds]
-            if due:
-                explain_fold(fold, networks.load(fold, scans, device), due, batch, seed)
+            lacking = [each for each in due if not each.results.is_share_done(fold)]
+            if lacking:
+                explain_fold(fold, networks.load(fold, scans, device), lacking, batch, seed)
+            for each in due:
+                each.finish(fold, device)
         mean_scan = cache(lambda: scans.mean(range(len(scans))))  # read once, whatever the methods
         for each in maps:
             with each.results.summary() as is_due:
@@ -290,7 +297,7 @@ def explain_folds(
 
 
 def explain_fold(fold: int, model: CNN3d, due: list[FoldMaps], batch: int, seed: int) -> None:
-    """Explain a share of a fold's test scans by all methods that lack it, in one pass."""
+    """Explain a share of a fold's test scans by some methods, in one pass."""
     cohort, scans, device = due[0].cohort, due[0].scans, next(model.parameters()).device
     rows, maps = due[0].share.deal(cohort.scan_indices(fold, "test")), {each.name: each for each in due}
     progress = {name: each.progress(fold) for name, each in maps.items()}
@@ -309,8 +316,6 @@ def explain_fold(fold: int, model: CNN3d, due: list[FoldMaps], batch: int, seed:
     if not rows:
         print(f"{title}: no scan is left for this part")
     explaining.explain_scans(explainers, loader, seeds, keep, progress, save, title)
-    for each in due:
-        each.finish(fold, device)
 
 
 def subject_name(fold: int, row: int, path: str) -> str:
@@ -390,14 +395,18 @@ def check_kept(folder: Path, cohort: Cohort, fold: int) -> None:
             )
 
 
-def say_states(outpath: Path, names: list[str] | None) -> None:
-    """Print which folds, or parts of them, are finished, running or open in the folders of some methods."""
-    folders = sorted(file.parent for file in outpath.glob(f"*/{FILES.record}"))
-    chosen = [folder for folder in folders if not names or folder.name.partition("-")[0] in names]
-    for folder in chosen:
+def say_states(outpath: Path, names: list[str] | None, given: dict[str, Any], modelpath: Path) -> None:
+    """Print what is finished, running or open: of some methods, as the options have them, or of all."""
+    if names:
+        suffix = runs.floor_suffix(modelpath, given["weights"])
+        found = [
+            outpath / f"{name}{METHODS[name].suffix(METHODS[name].chosen(given))}{suffix}" for name in names
+        ]
+    else:
+        records = {file.parent: storage.read_json(file) for file in sorted(outpath.glob(f"*/{FILES.record}"))}
+        found = [folder for folder, record in records.items() if record.get("method") in METHODS]
+    for folder in found or [outpath]:
         utils.say_states(folder, states_of(folder, FILES), f"{folder.name} ")
-    if not chosen:
-        print(f"{outpath}: nothing yet")
 
 
 def report(results: ResultFolder) -> None:
@@ -415,12 +424,12 @@ def report(results: ResultFolder) -> None:
         print(f"written to {results.path}: map_all.nii.gz, map_all.png, map_f*.nii.gz, subjects.csv")
 
 
-@utils.command("finished folds are saved; the same command, without --overwrite, explains the others")
+@utils.command("what is finished is saved; the same command, without --overwrite, goes on from there")
 def main(argv: list[str] | None = None) -> int:
     """Check everything, explain the folds, average them."""
     args = get_parser().parse_args(argv)
     if args.status:
-        say_states(args.outpath, args.method)
+        say_states(args.outpath, args.method, vars(args), args.modelpath)
         return 0
     process.keep_freed_memory()
     device = selfcheck.open_device(args.device)

@@ -195,6 +195,15 @@ def earlier_record(folder: Path) -> dict[str, Any]:
         return {}
 
 
+def floor_suffix(folder: Path, weights: str) -> str:
+    """What maps of "trained" or "random" networks of a run have in their folder's name; checks nothing."""
+    if weights == "random":
+        return UntrainedNetworks.suffix
+    arguments = earlier_record(folder).get("arguments")
+    permuted = isinstance(arguments, dict) and arguments.get("permute_labels") is True
+    return FLOORS["permuted"] if permuted else ""
+
+
 def recorded_folding(folder: Path) -> dict[str, Any]:
     """The arguments of a run that made its folds, from run.json: the keys of FOLDING."""
     record = storage.read_json(folder / "run.json")

@@ -46,7 +46,7 @@ from sanity_scores import Magnitudes
 FILES = Files(
     record="sanity.json",
     part=["sanity_f{}.csv"],
-    progress=["findings_f{}[.-]*"],
+    progress=["findings_f{}{}.csv"],
     summary=["sanity.csv", "sanity_summary.csv", "sanity.png"],
     facts=["findings_sha256", "device_per_fold"],
 )
@@ -248,7 +248,7 @@ def check_part(folder: Path, fold: int) -> None:
 
 def progress_file(folder: Path, fold: int, share: Share) -> Path:
     """The findings of a share of a fold's scans."""
-    return folder / f"findings_f{fold}{share.suffix}.csv"
+    return folder / FILES.progress[0].format(fold, share.suffix)
 
 
 def check_scans(panel: Panel, fold: int, rows: list[int], file: Path) -> None:
@@ -256,12 +256,11 @@ def check_scans(panel: Panel, fold: int, rows: list[int], file: Path) -> None:
     found = read_findings(file)
     finished = set(found["scan"])
     rows = [row for row in rows if panel.cohort.table["path"][row] not in finished]
-    tables = panel.check_fold(fold, rows)
-    for _ in rows:
-        with process.step():
-            table = next(tables)
+    with process.steps() as finish_step:
+        for table in panel.check_fold(fold, rows):
             found = pd.concat([found, table]) if len(found) else table
             storage.write_csv(found, file)
+            finish_step()
     if not file.exists():
         storage.write_csv(found, file)
 
@@ -380,7 +379,8 @@ def main(argv: list[str] | None = None) -> int:
             utils.say_kept(chosen, missing)
             for fold in missing:
                 rows = choose_scans(cohort, fold, args.scans_per_fold, args.seed)
-                check_scans(panel, fold, share.deal(rows), progress_file(folder, fold, share))
+                if not results.is_share_done(fold):
+                    check_scans(panel, fold, share.deal(rows), progress_file(folder, fold, share))
                 finish_fold(panel, fold, rows, scans_alone, results)
             report(results, cohort.k, args.seed)
     return 0

@@ -95,27 +95,35 @@ def train(
     if progress.exists():
         state.restore(progress, shuffling)
         print(f"{name}: goes on after epoch {len(state.history)}")
-    here = devices.describe(next(state.model.parameters()).device)
-    while state.goes_on(schedule):
-        with process.step():
-            begin, epoch = time.perf_counter(), len(state.history) + 1
-            train_loss = train_epoch(state, train, schedule.precision, f"{name}, epoch {epoch}")
-            valid_loss, accuracy = evaluate(state.model, val)
-            check_loss(valid_loss, f"{name}, epoch {epoch}, validation")
-            state.devices += [] if here in state.devices else [here]
-            seconds = time.perf_counter() - begin
-            state.history.append([epoch, train_loss, valid_loss, accuracy, seconds])
-            state.epochs_without_improvement += 1
-            improved = valid_loss < state.best_loss - schedule.delta
-            if improved:
-                state.best_loss, state.epochs_without_improvement = valid_loss, 0
-                state.best_weights = plain_weights(state.model)
+    with process.steps() as finish_step:
+        while state.goes_on(schedule):
+            line = train_and_validate(state, train, val, schedule, name)
             state.save(progress, shuffling)
-            print(
-                f"{name}, epoch {epoch}: training loss {train_loss:.4f}, validation loss {valid_loss:.4f}, "
-                f"accuracy {accuracy:.3f}, {seconds:.1f} s{', best' if improved else ''}",
-                flush=True,
-            )
+            print(line, flush=True)
+            finish_step()
+
+
+def train_and_validate(
+    state: TrainingState, train: Loader, val: Loader, schedule: Schedule, name: str
+) -> str:
+    """One epoch; the state holds what came of it, and the line that is returned says it."""
+    begin, epoch = time.perf_counter(), len(state.history) + 1
+    here = devices.describe(next(state.model.parameters()).device)
+    train_loss = train_epoch(state, train, schedule.precision, f"{name}, epoch {epoch}")
+    valid_loss, accuracy = evaluate(state.model, val)
+    check_loss(valid_loss, f"{name}, epoch {epoch}, validation")
+    state.devices += [] if here in state.devices else [here]
+    seconds = time.perf_counter() - begin
+    state.history.append([epoch, train_loss, valid_loss, accuracy, seconds])
+    state.epochs_without_improvement += 1
+    improved = valid_loss < state.best_loss - schedule.delta
+    if improved:
+        state.best_loss, state.epochs_without_improvement = valid_loss, 0
+        state.best_weights = plain_weights(state.model)
+    return (
+        f"{name}, epoch {epoch}: training loss {train_loss:.4f}, validation loss {valid_loss:.4f}, "
+        f"accuracy {accuracy:.3f}, {seconds:.1f} s{', best' if improved else ''}"
+    )
 
 
 def train_epoch(state: TrainingState, loader: Loader, precision: str, name: str) -> float:

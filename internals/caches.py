@@ -43,17 +43,19 @@ class Cache:
     need: int = 0
 
     def fill(
-        self, shape: tuple[int, ...], key: str, read: Callable[[Keep], None]
+        self, shape: tuple[int, ...], key: str, read: Callable[[Keep], None], used: int
     ) -> np.ndarray | Tensor | None:
         """Read the scans once, and keep them.
 
-        Where they are not kept, and are more than CHECKED_AHEAD, none is read: that would take hours. What is
-        wrong with one is said when it is used.
+        Where they are not kept, and more than CHECKED_AHEAD are used, none is read: that would take hours. What
+        is wrong with one is said when it is used.
 
         Args:
             shape: (N, X, Y, Z) of all.
             key: names these very scans; those of another key are not taken for them.
-            read: decodes and checks every scan, and hands its row and voxels over.
+            read: decodes and checks every scan, and hands its row and voxels over; where none is kept, those
+                that will be used suffice.
+            used: how many these are.
 
         Returns:
             float32 (N, X, Y, Z); None where nothing is kept.
@@ -64,7 +66,7 @@ class Cache:
         if kind == "stored":
             print(f"scans: {shape[0]}, read from {stored}")
             return _mapped(stored, shape)
-        voxels, late = "x".join(map(str, shape[1:])), kind not in where and shape[0] > CHECKED_AHEAD
+        voxels, late = "x".join(map(str, shape[1:])), kind not in where and used > CHECKED_AHEAD
         place = where.get(kind, f"not cached{'; voxels are checked as they are read' if late else ''}")
         print(f"scans: {shape[0]} of {voxels} voxels, {size / 1e9:.2f} GB, {place}")
         if kind == "disk":

@@ -10,7 +10,7 @@ import signal
 import sys
 import threading
 from collections.abc import Callable, Iterator
-from typing import Any, ClassVar, TypeVar, cast
+from typing import Any, TypeVar, cast
 
 import numpy as np
 import torch
@@ -74,46 +74,57 @@ def command(saved: str) -> Callable[[Main], Main]:
     return guard
 
 
-class _Step:
-    """Whether a step is under way whose end is worth waiting for, and which signals came meanwhile."""
+class _Steps:
+    """Whether work is under way whose steps are worth waiting for, and the signal that came meanwhile."""
 
     under_way = False
-    signals: ClassVar[list[int]] = []
+    signal: int | None = None
 
 
 @contextlib.contextmanager
-def step() -> Iterator[Callable[[], bool]]:
-    """A step of long work, saved at its end: the first SIGTERM or SIGUSR1 waits for it, the next does not.
+def steps(save: Callable[[], None] = lambda: None) -> Iterator[Callable[[], None]]:
+    """Long work in steps: the first SIGTERM or SIGUSR1 waits until a step is finished, the next one does not.
+
+    Args:
+        save: called then, where the steps do not save what they do themselves.
 
     Yields:
-        Whether such a signal came, so that it is the last step.
+        What is to be called whenever a step is finished.
 
     Raises:
-        Terminated: at the end, where one came.
+        Terminated: there, or at the end, where such a signal came.
     """
-    _Step.under_way = True
+
+    def finish_step() -> None:
+        if _Steps.signal is not None:
+            save()
+            raise Terminated(_Steps.signal)
+
+    _Steps.under_way, _Steps.signal = True, None
     try:
-        yield lambda: bool(_Step.signals)
+        yield finish_step
+        finish_step()
     finally:
-        _Step.under_way = False
-        came, _Step.signals = _Step.signals, []
-    if came:
-        raise Terminated(came[0])
+        _Steps.under_way = False
 
 
 @contextlib.contextmanager
 def _termination() -> Iterator[None]:
-    """Raise `Terminated` on SIGTERM and SIGUSR1, so that they unwind like Ctrl-C; a `step` is waited for."""
+    """Raise `Terminated` on SIGTERM and SIGUSR1, so that they unwind like Ctrl-C; `steps` are waited for."""
     if threading.current_thread() is not threading.main_thread():  # only there may handlers be set
         yield
         return
 
     def handler(number: int, frame: object) -> None:
-        if _Step.under_way and not _Step.signals:
-            _Step.signals.append(number)
+        if _Steps.under_way and _Steps.signal is None:
+            _Steps.signal = number
             name = signal.Signals(number).name
-            # not by print, which the signal may have come in the middle of
-            os.write(2, f"{name}: this step is finished and saved first; again ends it at once\n".encode())
+            with contextlib.suppress(
+                OSError
+            ):  # not by print, which the signal may have come in the middle of
+                os.write(
+                    2, f"{name}: this step is finished and saved first; again ends it at once\n".encode()
+                )
             return
         signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # PyTorch's raises where a reading process ends with us
         raise Terminated(number)

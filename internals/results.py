@@ -27,19 +27,27 @@ PartKey = int | str  # a fold's number, or the name of another part
 
 @dataclass(frozen=True)
 class Files:
-    """What a command writes into its folder. "{}" stands for a part's number."""
+    """What a command writes into its folder.
+
+    "{}" stands for a part's number; a second one, in `progress`, for a share of it, "-2of3", or nothing.
+    """
 
     record: str
     part: Sequence[str]  # a part is finished only while all of these are there
     beside: Sequence[str] = ()  # glob patterns of what else a part may consist of
-    progress: Sequence[str] = ()  # glob patterns of what an unfinished part goes on from, and then removed
+    progress: Sequence[str] = ()  # what an unfinished part goes on from; removed once it is finished
     shared: Sequence[str] = ()  # files that grow with the parts
     summary: Sequence[str] = ()  # what is made of all parts
     facts: Sequence[str] = ()  # what the record says of each finished part: a dict by the part's number each
 
     def of(self, part: PartKey) -> list[str]:
         """Patterns of all that a part may consist of; "*" for any part."""
-        return [name.format(part) for name in (*self.part, *self.beside, *self.progress)]
+        made = [name.format(part) for name in (*self.part, *self.beside)]
+        return made + self.progress_of(part, "") + self.progress_of(part, "-*")
+
+    def progress_of(self, part: PartKey, suffix: str) -> list[str]:
+        """Patterns of what a share of a part goes on from."""
+        return [name.format(part, suffix) for name in self.progress]
 
     def of_all(self) -> list[str]:
         """Patterns of all that is ever written; the record last."""
@@ -193,10 +201,15 @@ class ResultFolder:
         kept = self._kept(found)
         missing = [part for part in chosen if part not in kept]
         joined, shares = self._divide(found, missing, kept) if self.share else ([], {})
-        mine = [name for part in chosen if part not in joined for name in files.of(part)]
+        alone = [part for part in chosen if self._division == WHOLE or part not in joined]
         shared = [*files.summary, *files.shared, files.record]
-        storage.remove_leftovers(self.path, [*mine, *self._overwritten(), *shared])
+        leftovers = [name for part in alone for name in files.of(part)]
+        storage.remove_leftovers(self.path, [*leftovers, *self._overwritten(), *shared])
         storage.remove(self.path, self._overwritten())
+        goes_on = joined if self.share else missing  # from what progress there is
+        stale = [part for part in chosen if part not in goes_on]
+        # before the record says what it will be made from
+        storage.remove(self.path, [n for p in stale for s in ("", "-*") for n in files.progress_of(p, s)])
         struck = [*missing, SUMMARY] if missing or SUMMARY not in kept else []
         record = {"versions": storage.package_versions(), **found, **about, **self.identity}
         record[PARTS] = list(self.parts)
@@ -208,74 +221,102 @@ class ResultFolder:
         record = _with_shares(record, shares)
         if record != found:
             storage.write_json(record, self.path / files.record)
-        for part in set(chosen) - set(joined):
-            made = [*files.part, *files.beside] if part in missing else []
-            goes_on = part in missing and not self.share  # from what progress there is
-            names = [*made, *([] if goes_on else files.progress)]
-            storage.remove(self.path, [name.format(part) for name in names])
+        for part in set(missing) - set(joined):
+            storage.remove(self.path, [name.format(part) for name in (*files.part, *files.beside)])
         if missing:
             storage.remove(self.path, files.summary)
         self.overwrite = False  # what was to go is gone; what comes now is to stay
         return missing
+
+    # Shares of a part ---------------------------------------------------------------------------
 
     def _divide(
         self, found: dict[str, Any], missing: list[PartKey], kept: set[PartKey]
     ) -> tuple[list[PartKey], dict[str, Any]]:
         """The missing parts of which others have shares, or this call had; and how the record says so."""
         shares = {key: of for key, of in self._shares(found).items() if key not in map(str, kept)}
-        joined = [part for part in missing if self._is_ours(shares.get(str(part)), part)]
-        for part in set(missing) - set(joined):
-            others = set(self._locks(part)) - {self._lock(part, self._division)}
-            if any(storage.is_held(lock) for lock in others):
-                raise InputError(f"{self.path}: another process is at work on {_name(part)} of other weights")
-            if str(part) in shares:
-                print(f"{_name(part)}: was divided otherwise, or made from something else; begins again")
-            shares[str(part)] = {
-                "of": self._division.of,
-                DONE: [],
-                "from": dict(self.made_from.get(part, {})),
-            }
+        joined = []
+        for part in missing:
+            now = {"of": self._division.of, DONE: [], "from": dict(self.made_from.get(part, {}))}
+            # an earlier version, which did not divide, did not say so
+            before = shares.get(str(part), now if self._division == WHOLE and not now["from"] else None)
+            if before and not self.overwrite and {**before, DONE: []} == now:
+                joined.append(part)
+                shares[str(part)] = before
+                continue
+            self._begin_anew(part, before, now)
+            shares[str(part)] = now
         return joined, shares
+
+    def _begin_anew(self, part: PartKey, before: dict[str, Any] | None, now: dict[str, Any]) -> None:
+        """Raise InputError where others are at work on a part, or finished shares of it would be lost."""
+        others = set(self._locks(part)) - {self._lock(part, self._division)}
+        if any(storage.is_held(lock) for lock in others):
+            raise InputError(f"{self.path}: another process is at work on {_name(part)} of other weights")
+        if not before or self.overwrite:
+            return
+        if before["from"] == now["from"] and (done := self._done(part, before)):
+            number, of = len(done), before["of"]
+            raise InputError(
+                f"{self.path}: {_name(part)} is divided into {of} parts, {number} of them finished; "
+                f"--part i/{of} goes on, --overwrite starts again"
+            )
+        print(f"{_name(part)}: was divided otherwise, or made from something else; begins again")
 
     def _shares(self, record: Mapping[str, Any]) -> dict[str, Any]:
         """How unfinished parts are shared, by their names in a record."""
         with blaming(self.path / self.files.record):
-            return dict(storage.entry({SHARES: {}} | dict(record), SHARES, dict))
+            shares = storage.entry({SHARES: {}} | dict(record), SHARES, dict)
+            for division in shares.values():
+                storage.entry(division, "of", int, lambda of: 0 < of < 10**6)
+                storage.entry(division, DONE, list, lambda done: all(isinstance(n, int) for n in done))
+                storage.entry(division, "from", dict)
+        return dict(shares)
 
-    def _is_ours(self, division: Any, part: PartKey) -> bool:
-        """Whether a part is divided as this call does it, and made from the same."""
-        if not self.share or not isinstance(division, dict) or not isinstance(division.get(DONE), list):
-            return False
-        return (division.get("of"), division.get("from")) == (self.share.of, self.made_from.get(part, {}))
+    def _done(self, part: PartKey, division: Mapping[str, Any]) -> list[int]:
+        """The shares of a part that are done, and whose progress is there."""
+        shares = [Share(number, division["of"]) for number in division[DONE]]
+        names = {share.number: self.files.progress_of(part, share.suffix) for share in shares}
+        return [number for number in names if all((self.path / name).exists() for name in names[number])]
+
+    def is_share_done(self, part: PartKey) -> bool:
+        """Whether this call's share of a part is done, or the whole part is."""
+        record = self._read()
+        division = self._shares(record).get(str(part))
+        done = division is not None and self._division.number in self._done(part, division)
+        return done or part in self._kept(record)
 
     @contextlib.contextmanager
     def finish_share(self, part: PartKey) -> Iterator[dict[str, Any] | None]:
         """Say in the record that this call's share of a part is finished, its progress being saved.
 
         Yields:
-            None; or, where it was the last share, a dict: then the part's files are to be made now, while the
+            None; or, where no share is missing, a dict: then the part's files are to be made now, while the
             folder is held, and what the record is to say of the part goes into the dict.
         """
         with self.locked():
             record = self._read()
+            if part in self._kept(record):  # another process was faster
+                yield None
+                return
             shares = self._shares(record)
-            with blaming(self.path / self.files.record):
-                done = storage.entry(storage.entry(shares, str(part), dict), DONE, list)
-            done[:] = sorted({*done, self._division.number})
-            storage.write_json(record | {SHARES: shares}, self.path / self.files.record)
-            facts: dict[str, Any] | None = {} if len(done) == self._division.of else None
+            division = shares.setdefault(str(part), {"of": self._division.of, DONE: [], "from": {}})
+            done = self._done(part, division)
+            division[DONE] = sorted({*done, self._division.number})
+            storage.write_json(_with_shares(record, shares), self.path / self.files.record)
+            facts: dict[str, Any] | None = {} if len(division[DONE]) == self._division.of else None
             yield facts
             if facts is not None:
                 self._enter(part, {**self.made_from.get(part, {}), **facts})
-                progress = [name.format(part) for name in self.files.progress]
-                storage.remove_leftovers(self.path, [*progress, *self.files.of(part)])
-                storage.remove(self.path, progress)
+                storage.remove_leftovers(self.path, self.files.of(part))
+                names = [*self.files.progress_of(part, ""), *self.files.progress_of(part, "-*")]
+                storage.remove(self.path, names)
 
     def finish(self, part: PartKey, **facts: Any) -> None:
         """Say in the record that a part is finished, its files being there, and what is to be known of it."""
         with self.locked():
             self._enter(part, {**self.made_from.get(part, {}), **facts})
-        storage.remove(self.path, [name.format(part) for name in self.files.progress])
+        storage.remove(self.path, self.files.progress_of(part, ""))
 
     @contextlib.contextmanager
     def summary(self) -> Iterator[bool]:
@@ -296,13 +337,13 @@ class ResultFolder:
         kept = self._kept(record)
         for part in self.parts:
             held = {share for lock, share in self._locks(part).items() if storage.is_held(lock)}
-            division = self._shares(record).get(str(part), {})
-            of = max([share.of for share in held], default=division.get("of", 1))
+            division = self._shares(record).get(str(part), {"of": 1, DONE: []})
+            of, done = max([share.of for share in held], default=division["of"]), self._done(part, division)
             for number in range(1, of + 1):
                 name = f"{_name(part)}, part {number} of {of}" if of > 1 and part not in kept else _name(part)
-                done = part in kept or (of > 1 and number in division.get(DONE, []))
-                states[name] = "finished" if done else "running" if Share(number, of) in held else "open"
-        return states | {SUMMARY: "finished" if SUMMARY in kept else "open"}
+                is_done = part in kept or (of > 1 and number in done)
+                states[name] = "finished" if is_done else "running" if Share(number, of) in held else "open"
+        return states | {SUMMARY: "finished" if SUMMARY in self._named(record) else "open"}
 
     def unfinished(self) -> list[Any]:
         """The numbers of the parts that are not finished."""
@@ -371,8 +412,12 @@ def states_of(path: Path, files: Files) -> dict[str, str]:
     record = storage.read_json(path / files.record)
     with blaming(path / files.record):
         before = [part for part in storage.entry({FINISHED: []} | record, FINISHED, list) if part != SUMMARY]
-        parts = storage.entry({PARTS: before} | record, PARTS, list)  # those of an earlier version: unsaid
+        parts = storage.entry({PARTS: before} | record, PARTS, list, _are_names)  # earlier versions: unsaid
     return ResultFolder(path, files, parts, {}).states()
+
+
+def _are_names(parts: list[Any]) -> bool:
+    return all(isinstance(part, PartKey) for part in parts)
 
 
 def _with_shares(record: Mapping[str, Any], shares: Mapping[str, Any]) -> dict[str, Any]:

@@ -119,4 +119,9 @@ def share_threads() -> None:
     """
     here = own_share_here()
     if here.of > 1 and os.environ.get("OMP_NUM_THREADS", "1") == "1":
-        torch.set_num_threads(max(len(os.sched_getaffinity(0)) // here.of, 1))
+        torch.set_num_threads(max(_cores() // here.of, 1))
+
+
+def _cores() -> int:
+    """Cores that this process may use; macOS has no such call."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

@@ -242,7 +242,7 @@ def test_saved_progress_is_gone_on_from(tmp_path, done, batch):
     first = {name: Progress() for name in toys}
     explain_from(0, slice(done), first)
     first["behind"].save(tmp_path / "a.npz")
-    again = {"behind": Progress.load(tmp_path / "a.npz", CASE.grid), "ahead": whole["ahead"]}
+    again = {"behind": Progress.load(tmp_path / "a.npz", CASE.grid, N), "ahead": whole["ahead"]}
     assert sorted(explain_from(done, slice(N), again)) == [("behind", n) for n in range(done, N)]
     assert np.array_equal(again["behind"].means.mean(), whole["behind"].means.mean())
     pd.testing.assert_frame_equal(again["behind"].found, whole["behind"].found, rtol=1e-12)
@@ -254,37 +254,46 @@ def test_damaged_progress_is_named(tmp_path):
     progress.found = pd.DataFrame([[0] * 6], columns=explaining.FOUND)
     file = tmp_path / "sums_f0.npz"
     progress.save(file)
-    assert Progress.load(file, (2, 3, 4)).means.counts == {1: 1}
+    assert Progress.load(file, (2, 3, 4), 1).means.counts == {1: 1}
     whole = file.read_bytes()
     for damaged in (whole[:100], b"", b"x" * 1000, whole[:200] + b"x" * 50 + whole[250:]):
         file.write_bytes(damaged)
         with pytest.raises(InputError, match=r"sums_f0\.npz: is damaged .*; remove it to explain"):
-            Progress.load(file, (2, 3, 4))
+            Progress.load(file, (2, 3, 4), 1)
     file.write_bytes(whole)
     with pytest.raises(InputError, match="of other maps"):
-        Progress.load(file, (2, 3, 5))
+        Progress.load(file, (2, 3, 5), 1)
     progress.means.counts[1] = 2
     progress.save(file)
     with pytest.raises(InputError, match="of other maps"):
-        Progress.load(file, (2, 3, 4))
+        Progress.load(file, (2, 3, 4), 1)
 
 
-def test_a_signal_to_stop_waits_for_the_batch_and_saves_it():
+@pytest.mark.parametrize(("moment", "expected"), [("reading the second", 4), ("keeping the third", 4)])
+def test_a_signal_to_stop_waits_for_the_batch_and_saves_it(moment, expected):
     saved, progress = [], {"toy": Progress()}
     toys = {"toy": explainer_of(Method(weighted))}
 
+    def stop() -> None:
+        os.kill(os.getpid(), signal.SIGUSR1)
+
     def keep(who: str, number: int, values: np.ndarray) -> None:
-        if number == 2:
-            os.kill(os.getpid(), signal.SIGUSR1)
+        if moment == "keeping the third" and number == 2:
+            stop()
+
+    def collate(items: list) -> list:
+        if moment == "reading the second" and len(progress["toy"].found) == 2:
+            stop()
+        return torch.utils.data.default_collate(items)
 
     def save() -> None:
         saved.append(len(progress["toy"].found))
 
     @process.command("")
     def main(argv: list[str] | None = None) -> int:
-        loader = DataLoader(TensorDataset(SCANS, LABELS), 2)
+        loader = DataLoader(TensorDataset(SCANS, LABELS), 2, collate_fn=collate)
         explaining.explain_scans(toys, loader, SEEDS, keep, progress, save, "")
         return 0
 
     assert main() == 138
-    assert saved == [4]
+    assert saved == [expected]

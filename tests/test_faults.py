@@ -112,7 +112,7 @@ WRITERS: dict[str, Callable[[Path], object]] = {
     "a.nii.gz": lambda path: nifti.save_map(np.zeros((4, 5, 6)), HEADER, path),
     "a.png": lambda path: figures.draw_training([HISTORY], 0.0, path),
     "scans-a.float32": lambda path: Cache("disk", path.parent).fill(
-        (1, 4, 5, 6), "a", lambda keep: keep(0, np.ones((4, 5, 6), np.float32))
+        (1, 4, 5, 6), "a", lambda keep: keep(0, np.ones((4, 5, 6), np.float32)), 1
     ),
 }
 

@@ -74,30 +74,39 @@ def test_command_unwinds_on_a_signal_and_restores_its_handler(capsys, tmp_path, 
 
 
 @pytest.mark.parametrize(("number", "status"), STATUS.items())
-def test_a_step_is_finished_before_a_signal_ends_the_command(capfd, number, status):
-    done = []
+def test_a_step_is_finished_and_saved_before_a_signal_ends_the_command(capfd, number, status):
+    done, saved = [], []
 
     def work() -> None:
-        for step in range(5):
-            with process.step() as is_last:
-                assert not is_last()
+        with process.steps(lambda: saved.append(list(done))) as finish_step:
+            for step in range(5):
                 if step == 1:
                     send(number)
-                    assert is_last()
                 done.append(step)
+                finish_step()
 
     assert ended(work) == status
     assert done == [0, 1]
+    assert saved == [done]
     name = signal.Signals(number).name
     first = f"{name}: this step is finished and saved first; again ends it at once\n"
     assert capfd.readouterr().err == f"{first}interrupted: all is saved\n"
+
+
+def test_a_signal_after_the_last_step_is_not_lost():
+    def work() -> None:
+        with process.steps() as finish_step:
+            finish_step()
+            send(signal.SIGUSR1)
+
+    assert ended(work) == 138
 
 
 def test_a_second_signal_ends_a_step_at_once_and_so_does_ctrl_c():
     done = []
 
     def work(*numbers: int) -> None:
-        with process.step():
+        with process.steps():
             send(*numbers)
             done.append(numbers)
 
@@ -110,12 +119,24 @@ def test_a_second_signal_ends_a_step_at_once_and_so_does_ctrl_c():
 
 def test_an_error_in_a_step_comes_before_a_signal(capfd):
     def work() -> None:
-        with process.step():
+        with process.steps():
             send(signal.SIGTERM)
             raise InputError("a.nii: bad")
 
     assert ended(work) == 2
     assert "a.nii: bad" in capfd.readouterr().err
+    assert ended(lambda: send(signal.SIGTERM)) == 143  # nothing waits any more
+
+
+def test_nobody_may_read_what_a_signal_says(monkeypatch):
+    monkeypatch.setattr(os, "write", Mock(side_effect=BrokenPipeError))
+
+    def work() -> None:
+        with process.steps() as finish_step:
+            send(signal.SIGTERM)
+            finish_step()
+
+    assert ended(work) == 143
 
 
 @pytest.mark.parametrize(

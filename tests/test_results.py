@@ -336,7 +336,7 @@ def test_of_several_processes_one_makes_what_is_made_of_all(tmp_path):
 # Shares ------------------------------------------------------------------------------------------
 
 SHARED = Files(
-    record="run.json", part=["map_f{}.nii"], beside=["scans/f{}_*.nii"], progress=["sums_f{}[.-]*"],
+    record="run.json", part=["map_f{}.nii"], beside=["scans/f{}_*.nii"], progress=["sums_f{}{}.npz"],
     summary=["map_all.nii"], facts=["digest", "scans"],
 )  # fmt: skip
 
@@ -382,23 +382,92 @@ def test_the_last_share_puts_the_part_together(tmp_path):
     assert {name for name in contents(tmp_path) if not name.startswith("undivided")} == files | scans
 
 
-def test_another_division_begins_again_unless_somebody_is_at_work(tmp_path, capsys):
+def test_another_division_is_refused_while_shares_are_there_or_made(tmp_path, capsys):
     do_share(shared(tmp_path, 1, 2, chosen=[0, 1]))
-    with shared(tmp_path, 2, 2, chosen=[1]).at_work({}):
+    with shared(tmp_path, 2, 2, chosen=[1, 2]).at_work({}):
         before = contents(tmp_path)
-        for other in (shared(tmp_path, 1, 3), shared(tmp_path, 1, 1)):
+        for other in (shared(tmp_path, 1, 3, chosen=[1]), shared(tmp_path, 1, 1, chosen=[1])):
             with pytest.raises(InputError, match=r"another process is at work on fold 1, divided otherwise$"):
                 do_share(other)
         with pytest.raises(InputError, match=r"another process is at work on fold 1$"):
             do_share(shared(tmp_path, 2, 2))
         assert contents(tmp_path) == before
-        assert do_share(shared(tmp_path, 1, 2)) == [(0, False), (1, False), (2, False)]
-    assert do_share(shared(tmp_path, 1, 1, chosen=[0])) == [(0, True)]
-    assert (
-        "fold 0: was divided otherwise, or made from something else; begins again" in capsys.readouterr().out
+    words = (
+        r"fold 0 is divided into 2 parts, 1 of them finished; --part i/2 goes on, --overwrite starts again$"
     )
-    assert "scans/f0_1.nii" in contents(tmp_path)  # made again
-    assert do_share(shared(tmp_path, 2, 2)) == [(1, True), (2, True)]
+    with pytest.raises(InputError, match=words):
+        do_share(shared(tmp_path, 1, 1))
+    assert do_share(shared(tmp_path, 1, 1, chosen=[2])) == [(2, True)]  # nothing of it was finished
+    assert (
+        "fold 2: was divided otherwise, or made from something else; begins again" in capsys.readouterr().out
+    )
+    assert do_share(shared(tmp_path, 1, 1, chosen=[0], overwrite=True)) == [(0, True)]
+    assert do_share(shared(tmp_path, 2, 2)) == [(1, True)]
+
+
+def test_what_was_finished_meanwhile_is_not_finished_again(tmp_path):
+    """All shares are done, but a kill came before they were put together; now both processes begin again."""
+    do_share(shared(tmp_path, 1, 2, chosen=[0]))
+    second = shared(tmp_path, 2, 2, chosen=[0])
+    with contextlib.suppress(KeyboardInterrupt), second.at_work({}):
+        write(tmp_path, ["sums_f0-2of2.npz"])
+        with second.finish_share(0):
+            raise KeyboardInterrupt
+    first, second = shared(tmp_path, 1, 2, chosen=[0]), shared(tmp_path, 2, 2, chosen=[0])
+    with first.at_work({}) as one, second.at_work({}) as two:
+        assert one == two == [0]
+        assert first.is_share_done(0)
+        assert second.is_share_done(0)
+        with first.finish_share(0) as facts:
+            assert facts == {}
+            write(tmp_path, ["map_f0.nii"])
+        assert second.is_share_done(0)
+        with second.finish_share(0) as facts:
+            assert facts is None
+    assert record_of(tmp_path)["finished"] == [0]
+    assert "shares" not in record_of(tmp_path)
+
+
+def test_share_whose_progress_is_lost_is_open_again(tmp_path):
+    do_share(shared(tmp_path, 1, 2, chosen=[0]))
+    (tmp_path / "sums_f0-1of2.npz").unlink()
+    assert states_of(tmp_path, SHARED)["fold 0, part 1 of 2"] == "open"
+    assert do_share(shared(tmp_path, 2, 2, chosen=[0])) == [(0, False)]
+    assert do_share(shared(tmp_path, 1, 2, chosen=[0])) == [(0, True)]
+
+
+def test_progress_from_other_weights_is_gone_before_the_record_says_the_new_ones(tmp_path, monkeypatch):
+    """A kill between the two must not have a later call go on from it."""
+    old, new = ({part: {"digest": name} for part in range(3)} for name in "ab")
+    with shared(tmp_path, 1, 1, made_from=old).at_work({}):
+        write(tmp_path, ["sums_f0.npz"])
+    with monkeypatch.context() as patch:
+        patch.setattr(storage, "write_json", Mock(side_effect=KeyboardInterrupt))
+        with pytest.raises(KeyboardInterrupt):
+            do_share(shared(tmp_path, 1, 1, made_from=new))
+    assert "sums_f0.npz" not in contents(tmp_path)
+
+
+def test_progress_of_an_earlier_version_is_gone_on_from(tmp_path):
+    """It did not divide parts, nor say so."""
+    with shared(tmp_path, 1, 1).at_work({}):
+        write(tmp_path, ["sums_f0.npz"])
+    edit(tmp_path, shares={})
+    with shared(tmp_path, 1, 1).at_work({}):
+        assert "sums_f0.npz" in contents(tmp_path)
+
+
+@pytest.mark.parametrize(
+    "shares", [[], {"0": []}, {"0": {"of": "x", "done": [], "from": {}}}, {"0": {"of": 10**7, "done": [], "from": {}}},
+               {"0": {"of": 2, "done": None, "from": {}}}, {"0": {"of": 2, "done": ["1"], "from": {}}},
+               {"0": {"of": 2, "done": [1], "from": 3}}],
+)  # fmt: skip
+def test_damaged_shares(tmp_path, shares):
+    do_share(shared(tmp_path, 1, 2))
+    edit(tmp_path, shares=shares)
+    for ask in (lambda: do_share(shared(tmp_path, 1, 2)), lambda: states_of(tmp_path, SHARED)):
+        with pytest.raises(InputError, match=r"run\.json: is damaged: '"):
+            ask()
 
 
 def test_shares_of_one_part_are_made_from_the_same(tmp_path):
@@ -441,9 +510,10 @@ def test_states(tmp_path):
     assert (states["fold 1, part 2 of 2"], states["fold 2"]) == ("open", "open")
     do_share(shared(tmp_path, 1, 1))
     assert set(states_of(tmp_path, SHARED).values()) == {"finished"}
-    edit(tmp_path, parts=None)
-    with pytest.raises(InputError, match="'parts' is"):
-        states_of(tmp_path, SHARED)
+    for damaged in (None, [[1]], "all"):
+        edit(tmp_path, parts=damaged)
+        with pytest.raises(InputError, match="'parts' is"):
+            states_of(tmp_path, SHARED)
 
 
 def test_parts_with_names(tmp_path):

@@ -47,8 +47,8 @@ class Cache:
     ) -> np.ndarray | Tensor | None:
         """Read the scans once, and keep them.
 
-        Where they are not kept, and more than CHECKED_AHEAD are used, none is read: that would take hours. What
-        is wrong with one is said when it is used.
+        Where they are not kept, and more than CHECKED_AHEAD are used, none is read: that would take hours.
+        What is wrong with one is said when it is used.
 
         Args:
             shape: (N, X, Y, Z) of all.

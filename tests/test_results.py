@@ -457,11 +457,11 @@ def test_progress_of_an_earlier_version_is_gone_on_from(tmp_path):
         assert "sums_f0.npz" in contents(tmp_path)
 
 
-@pytest.mark.parametrize(
-    "shares", [[], {"0": []}, {"0": {"of": "x", "done": [], "from": {}}}, {"0": {"of": 10**7, "done": [], "from": {}}},
-               {"0": {"of": 2, "done": None, "from": {}}}, {"0": {"of": 2, "done": ["1"], "from": {}}},
-               {"0": {"of": 2, "done": [1], "from": 3}}],
-)  # fmt: skip
+WHOLE_ENTRY = {"of": 2, "done": [1], "from": {}}
+DAMAGED = [{"of": "x"}, {"of": 0}, {"of": 10**7}, {"done": None}, {"done": ["1"]}, {"from": 3}]
+
+
+@pytest.mark.parametrize("shares", [[], {"0": []}, *({"0": WHOLE_ENTRY | wrong} for wrong in DAMAGED)])
 def test_damaged_shares(tmp_path, shares):
     do_share(shared(tmp_path, 1, 2))
     edit(tmp_path, shares=shares)

@@ -5,7 +5,9 @@
 # make bench      speed and memory against the published way; bench-quick: of a small network
 # make device DEVICE=0  what a device computes, against float64 on the CPU, and whether it waits for scans
 # make slopes     how time and memory grow with subjects, steps and voxels, and the comparison at 1 mm, about 25 minutes
+# make rows       what a list of 40,000 scans takes every command before its first scan of work, about 10 minutes
 # make torture    kills training, maps, their checks and a job array at random moments, and compares
+# make sharing    torchrun and parts against a single process each: every file
 # make test       all tests
 # make slurm-test  slurm/submit.sh on a Slurm of this machine's own, disturbed and compared; about 5 minutes
 # make fuzz       random damage to every file that is read: a result or a clear error; about 10 minutes
@@ -21,7 +23,7 @@ SEED := 0
 COHORT = --subjects 80 --voxel 2 --severity 2 --seed $(SEED)
 TRAIN := --model modelB8 --lr 1e-3 --wd 1e-3 --batch 4 --epochs 16 --patience 12
 METHODS := LRP GGC IG Gradient SmoothGrad
-.PHONY: demo demo-null demo-floors demo-sanity bench bench-quick device slopes torture test slurm-test fuzz lint clean
+.PHONY: demo demo-null demo-floors demo-sanity bench bench-quick device slopes rows torture sharing test slurm-test fuzz lint clean
 
 # maps of trained or untrained networks: $(call maps,folder of the networks,trained or random,methods,options)
 maps = $(PY) heatmap.py --method $3 --weights $2 --modelpath $1 --outpath $(DEMO)/heatmaps --overwrite $4
@@ -73,8 +75,14 @@ device: .venv/run
 slopes: .venv/run
 	$(PY) bench/slopes.py
 
+rows: .venv/run
+	$(PY) bench/rows.py
+
 torture: .venv/run
 	$(PY) bench/torture.py
+
+sharing: .venv/run
+	$(PY) bench/sharing.py
 
 # Two tests at once, a thread each: on two cores that is faster than one test of two threads.
 test: .venv/dev

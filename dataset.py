@@ -4,10 +4,12 @@ import copy
 import functools
 import hashlib
 import itertools
+import json
 import os
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, TypeVar
 
 import numpy as np
 import pandas as pd
@@ -17,7 +19,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Subset
 
 import utils
-from internals import nifti, storage, tables
+from internals import caches, nifti, storage, tables
 from internals.caches import Cache
 from internals.errors import InputError, blaming
 from internals.loading import Loader, ReadAhead, leave_signals
@@ -28,11 +30,30 @@ CPU = torch.device("cpu")
 SCALING = "min-max, float32"
 SAMPLE = 2**12  # bytes
 SHOWN = 20  # bad scans named in one message
+LOOKERS = 16  # threads that look at files without decoding them: they wait for the file system, mostly
+PIECE = 32  # files that each of them takes at once: on a disk nearby, one costs less than a change of threads
 # of a list of scans: twice as many as UK Biobank has; what is larger is something else, and not read
 CSV_SIZE, MOST_ROWS = 2**25, 200_000
 
+Result = TypeVar("Result")
+
 
 # The cohort --------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Checked:
+    """What was found when the files of all scans were looked at.
+
+    Attributes:
+        grid: the shape and affine of all.
+        scans_sha256: what tells their content from another, from `scans_digest`.
+        mark: stands for that, and for each file's name, size and time before it was looked at.
+    """
+
+    grid: Grid
+    scans_sha256: str
+    mark: str
 
 
 @dataclass(frozen=True)
@@ -42,23 +63,28 @@ class Cohort:
     Attributes:
         csv: the list that they are from.
         table: one row per scan, from `read_csv`.
-        grid: their shape and affine.
+        checked: their grid, and what tells their content from another, from `check_scans`.
         folds: who is trained on, validated on and tested in each fold, from `make_folds`.
         k: number of folds.
     """
 
     csv: Path
     table: pd.DataFrame
-    grid: Grid
+    checked: Checked
     folds: pd.DataFrame
     k: int
+
+    @property
+    def grid(self) -> Grid:
+        """The scans' shape and affine."""
+        return self.checked.grid
 
     @functools.cached_property
     def identity(self) -> dict:
         """What tells this cohort from others: digests of CSV, scans and folds, and the grid."""
         return {
             "csv_sha256": storage.file_sha256(self.csv),
-            "scans_sha256": scans_digest(self.table),
+            "scans_sha256": self.checked.scans_sha256,
             "folds_sha256": hashlib.sha256(self.folds.to_csv(index=False).encode()).hexdigest(),
             "grid": self.grid.record(),
         }
@@ -74,7 +100,8 @@ class Cohort:
 
     def training_controls(self, fold: int) -> list[int]:
         """Row numbers of a fold's training scans of label 0."""
-        return [row for row in self.scan_indices(fold, "train") if self.table["label"][row] == 0]
+        labels = self.table["label"].to_numpy()
+        return [row for row in self.scan_indices(fold, "train") if labels[row] == 0]
 
     def check_controls(self, folds: Sequence[int], option: str) -> None:
         """Raise InputError where a fold has no training controls, which an option needs the mean of."""
@@ -96,22 +123,35 @@ class Cohort:
             labels[rows] = shuffled[self.table.loc[rows, "subject"]]
         return labels
 
-    def open_scans(self, cache: Cache, threads: int = utils.THREADS) -> "ScanDataset":
-        """Decode and check every scan once, and keep it where the cache says.
+    def open_scans(
+        self, cache: Cache, threads: int = utils.THREADS, rows: Sequence[int] | None = None
+    ) -> "ScanDataset":
+        """Decode and check every scan once, and keep it where the cache says; see `Cache.fill`.
+
+        Args:
+            threads: that decode.
+            rows: the scans that will be used, where the cache keeps none; the others are not checked.
 
         Raises:
             InputError: naming every scan that cannot be used; or the cache has no room for them.
         """
         shape = (len(self.table), *self.grid.shape)
-        read = functools.partial(_decode_all, self.table, max(threads, 1))
+        chosen = self.table if rows is None else self.table.loc[list(rows)]
+        read = functools.partial(_decode_all, chosen, max(threads, 1))
         return ScanDataset(self.table, cache.fill(shape, _cache_key(self.table, self.grid), read))
 
 
-def new_cohort(csv: Path, k: int, split: str, val_fraction: float, seed: int) -> Cohort:
-    """Read a list of scans, divide it into folds (see `make_folds`), and check the scans' headers."""
+def new_cohort(
+    csv: Path, k: int, split: str, val_fraction: float, seed: int, record: Mapping[str, Any] | None = None
+) -> Cohort:
+    """Read a list of scans, divide it into folds (see `make_folds`), and check the scans' files.
+
+    Args:
+        record: of an earlier run, which may have checked the same files; see `check_scans`.
+    """
     table = read_csv(csv)
     folds = make_folds(table, k, split, val_fraction, seed)
-    return Cohort(csv, table, check_grid(table), folds, k)
+    return Cohort(csv, table, check_scans(table, record or {}), folds, k)
 
 
 # The CSV -----------------------------------------------------------------------------------------
@@ -190,42 +230,112 @@ def _locate(path: str, folder: Path, row: Hashable) -> Path:
 # Scans -------------------------------------------------------------------------------------------
 
 
+def check_scans(table: pd.DataFrame, record: Mapping[str, Any]) -> Checked:
+    """Check the header and sample the content of every scan's file, unless that was done before.
+
+    A record of a run, run.json, holds what was found then, and the mark of it. While the mark fits, the files
+    are as they were, and but for the first none is opened. This relies on a file's size or time of
+    modification, to the nanosecond, changing with its content: one that was replaced with both kept is not
+    noticed. A record that is damaged, of other scans or of an earlier version has no mark that fits.
+
+    Raises:
+        InputError: as `check_grid`.
+    """
+    states = _file_states(table)  # before they are read: what changes meanwhile is read again next time
+    found = _recall(record, table, states)
+    if found is None:
+        grid, digest = check_grid(table), scans_digest(table)
+        found = Checked(grid, digest, _mark(states, digest))
+    return found
+
+
+def _recall(record: Mapping[str, Any], table: pd.DataFrame, states: list[str]) -> Checked | None:
+    """What a record says of the scans, where their files are as they were."""
+    digest, mark = record.get("scans_sha256"), record.get("scans_mark")
+    if not (isinstance(digest, str) and isinstance(mark, str)):
+        return None
+    if mark != _mark(states, digest):
+        return None
+    with blaming(table["path"][0]):
+        return Checked(nifti.read_grid(table["file"][0]), digest, mark)  # all were found to lie on its grid
+
+
+def _mark(states: list[str], digest: str) -> str:
+    """What stands for some files as they are, and for their content, in hexadecimal."""
+    return hashlib.sha256(json.dumps([digest, states]).encode()).hexdigest()
+
+
+def _file_states(table: pd.DataFrame) -> list[str]:
+    """Name, size and time of modification of every scan's file, as text."""
+    files = table["file"].tolist()
+
+    def state(row: int) -> str:
+        try:
+            status = files[row].stat()
+        except (OSError, ValueError):  # said where the file is read
+            return f"{files[row]} missing"
+        return f"{files[row]} {status.st_size} {status.st_mtime_ns}"
+
+    return list(_look(state, len(files), "files"))
+
+
+def _look(work: Callable[[int], Result], count: int, name: str) -> Iterator[Result]:
+    """Apply `work` to the rows of many files, in threads; the results in their order, few held at a time."""
+    rows = range(count)
+    pieces = [rows[start : start + PIECE] for start in range(0, count, PIECE)]
+    groups = [pieces[start : start + LOOKERS] for start in range(0, len(pieces), LOOKERS)]
+    for group in utils.progress(groups, desc=name, leave=False):
+        found = utils.in_threads(lambda piece: [work(row) for row in piece], group, threads=LOOKERS)
+        yield from itertools.chain.from_iterable(found)
+
+
 def check_grid(table: pd.DataFrame) -> Grid:
     """Read every header: all scans must be 3D, real, and share one shape and one affine.
 
     Raises:
         InputError: naming every scan that cannot be used, the first 20 in words.
     """
-    grids: list[Grid] = []
-    problems: dict[int, str] = {}
-    for row, file in enumerate(table["file"]):
+    files, problems = table["file"].tolist(), dict[int, str]()
+    first: Grid | None = None
+
+    def look(row: int) -> Grid | str:
         try:
-            grids.append(nifti.read_grid(file))
+            return nifti.read_grid(files[row])
         except InputError as problem:
-            problems[row] = str(problem)
-            continue
-        mismatch = grids[-1].mismatch(grids[0], "the first scan")
-        if mismatch:
-            problems[row] = mismatch
-    if problems:  # the voxels of the others are looked at as well, so that one report has all
+            return str(problem)
+
+    for row, found in enumerate(_look(look, len(files), "headers")):
+        if isinstance(found, Grid):
+            first = first or found
+            found = found.mismatch(first, "the first scan")
+        if found:
+            problems[row] = found
+    if problems and len(table) <= caches.CHECKED_AHEAD:  # one report has what is wrong with voxels, too
         problems |= _decode(table["file"].drop(list(problems)), lambda row, volume: None, utils.THREADS)
     _report(problems, table)
-    return grids[0]
+    assert first is not None
+    return first
 
 
 def scans_digest(table: pd.DataFrame) -> str:
     """SHA-256 of 16 samples of every scan's file, wherever it lies: it tells when scans were made anew."""
-    digest = hashlib.sha256()
-    for path, file in zip(table["path"], table["file"], strict=True):
+    paths, files = table["path"].tolist(), table["file"].tolist()
+
+    def sample(row: int) -> bytes:
         try:
-            size = file.stat().st_size
-            digest.update(f"\n{size} ".encode())
-            with file.open("rb") as stream:
+            size = files[row].stat().st_size
+            with files[row].open("rb") as stream:
+                samples = [f"\n{size} ".encode()]
                 for start in np.linspace(0, max(size - SAMPLE, 0), 16, dtype=np.int64):
                     stream.seek(start)
-                    digest.update(stream.read(SAMPLE))
+                    samples.append(stream.read(SAMPLE))
         except OSError as problem:
-            raise InputError(f"{path}: cannot be read ({problem.strerror})") from problem
+            raise InputError(f"{paths[row]}: cannot be read ({problem.strerror})") from problem
+        return b"".join(samples)
+
+    digest = hashlib.sha256()
+    for samples in _look(sample, len(files), "samples"):
+        digest.update(samples)
     return digest.hexdigest()
 
 
@@ -283,9 +393,8 @@ def _decode(files: pd.Series, keep: Callable[[int, np.ndarray], None], threads: 
 def _cache_key(table: pd.DataFrame, grid: Grid) -> str:
     """A name for the decoded cohort that changes whenever a scan, the grid or the scaling does."""
     digest = hashlib.sha256(f"{SCALING} {grid.shape}".encode())
-    for file in table["file"]:
-        status = file.stat()
-        digest.update(f"\n{file} {status.st_size} {status.st_mtime_ns}".encode())
+    for state in _file_states(table):
+        digest.update(f"\n{state}".encode())
     return digest.hexdigest()[:16]
 
 

@@ -85,7 +85,7 @@ def get_parser() -> argparse.ArgumentParser:
     add("--fold", type=utils.bounded(int, at_least=2), help="number of folds (default: the run's, else 5)")
     add("--batch", type=whole, default=1, help="scans explained at once")
     add("--run-folds", type=number, nargs="+", metavar="I", help="only these folds")
-    add("--part", type=sharing.parse_part, default=sharing.WHOLE, metavar="I/N", help=sharing.PART)
+    add("--part", type=sharing.parse_part, default="1/1", metavar="I/N", help=sharing.PART)
     add("--target", choices=TARGETS, default="label", help="the logit to explain")
     add(
         "--weights", choices=NETWORKS, default="trained", help="or untrained: maps to hold the others against"
@@ -264,6 +264,31 @@ class FoldMaps:
         return mean
 
 
+def explain_folds(
+    maps: list[FoldMaps],
+    networks: runs.Networks,
+    chosen: list[int],
+    about: dict[str, Any],
+    batch: int,
+    seed: int,
+    device: torch.device,
+) -> None:
+    """Explain what is missing of the chosen folds; average what is complete, and report."""
+    scans = maps[0].scans
+    with contextlib.ExitStack() as stack:
+        missing = [stack.enter_context(each.begin(about, chosen)) for each in maps]
+        for fold in chosen:
+            due = [each for each, folds in zip(maps, missing, strict=True) if fold in folds]
+            if due:
+                explain_fold(fold, networks.load(fold, scans, device), due, batch, seed)
+        mean_scan = cache(lambda: scans.mean(range(len(scans))))  # read once, whatever the methods
+        for each in maps:
+            with each.results.summary() as is_due:
+                if is_due:
+                    each.average(networks.run.model, mean_scan())
+            report(each.results)
+
+
 def explain_fold(fold: int, model: CNN3d, due: list[FoldMaps], batch: int, seed: int) -> None:
     """Explain a share of a fold's test scans by all methods that lack it, in one pass."""
     cohort, scans, device = due[0].cohort, due[0].scans, next(model.parameters()).device
@@ -417,21 +442,12 @@ def main(argv: list[str] | None = None) -> int:
 
     about = {"csv": str(cohort.csv), "modelpath": str(run.folder.resolve()), **networks.about()}
     work = devices.describe_batch(args.batch, cohort.grid.shape, run.model, device)
-    with process.out_of_memory(work, "lower --batch"), contextlib.ExitStack() as stack:
-        scans = cohort.open_scans(Cache("reuse", args.modelpath / "cache"))
+    with process.out_of_memory(work, "lower --batch"):
+        own = [row for fold in chosen for row in share.deal(cohort.scan_indices(fold, "test"))]
+        scans = cohort.open_scans(Cache("reuse", args.modelpath / "cache"), rows=own)
         share.say()
         maps = [FoldMaps(METHODS[n], options[n], cohort, scans, folders[n]) for n in args.method]
-        missing = [stack.enter_context(each.begin(about, chosen)) for each in maps]
-        for fold in chosen:
-            lacking = [each for each, folds in zip(maps, missing, strict=True) if fold in folds]
-            if lacking:
-                explain_fold(fold, networks.load(fold, scans, device), lacking, args.batch, args.seed)
-        mean_scan = cache(lambda: scans.mean(range(len(scans))))  # read once, whatever the methods
-        for each in maps:
-            with each.results.summary() as due:
-                if due:
-                    each.average(run.model, mean_scan())
-            report(each.results)
+        explain_folds(maps, networks, chosen, about, args.batch, args.seed, device)
     return 0
 
 

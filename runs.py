@@ -187,6 +187,14 @@ def find_cohort(folder: Path, csv: Path | None, folding: dict[str, Any]) -> tupl
     return dataset.new_cohort(csv, k, split, fraction, seed), folding
 
 
+def earlier_record(folder: Path) -> dict[str, Any]:
+    """The record of the run in a folder, which may be any; nothing where none can be read."""
+    try:
+        return storage.read_json(folder / "run.json")
+    except InputError:  # said where the run is gone on with
+        return {}
+
+
 def recorded_folding(folder: Path) -> dict[str, Any]:
     """The arguments of a run that made its folds, from run.json: the keys of FOLDING."""
     record = storage.read_json(folder / "run.json")
@@ -221,15 +229,14 @@ def _recorded_run(folder: Path, csv: Path | None, model: str | None, k: int | No
         raise InputError(f"{folder / 'run.json'}: is damaged: {trained_k} folds of {len(table)} scans")
     if storage.file_sha256(csv) != digest:
         raise InputError(f"{csv}: is not the CSV that {folder} was trained on; its content changed")
-    grid = dataset.check_grid(table)
-    if grid.record() != trained_grid:
+    checked = dataset.check_scans(table, record)
+    if checked.grid.record() != trained_grid:
         raise InputError(f"{csv}: the scans' grid is not the one that {folder} was trained on")
     with blaming(folder / "folds.csv"):
         folds = _read_folds(folder / "folds.csv", table, trained_k)
-    cohort = Cohort(csv, table, grid, folds, trained_k)
-    if record.get("scans_sha256", "") not in ("", cohort.identity["scans_sha256"]):
+    if record.get("scans_sha256", "") not in ("", checked.scans_sha256):
         raise InputError(f"{csv}: the scans changed since {folder} was trained on them")
-    return Run(folder, cohort, trained_model, permuted)
+    return Run(folder, Cohort(csv, table, checked, folds, trained_k), trained_model, permuted)
 
 
 def _read_folds(file: Path, table: pd.DataFrame, k: int) -> pd.DataFrame:

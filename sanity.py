@@ -91,7 +91,7 @@ def get_parser() -> argparse.ArgumentParser:
     add("--outpath", type=Path, metavar="DIR", help="where to write (default: --maps)")
     add("--device", default="auto", help="GPU number, cpu, cuda:N, mps or auto")
     add("--run-folds", type=number, nargs="+", metavar="I", help="only these folds")
-    add("--part", type=sharing.parse_part, default=sharing.WHOLE, metavar="I/N", help=sharing.PART)
+    add("--part", type=sharing.parse_part, default="1/1", metavar="I/N", help=sharing.PART)
     add("--seed", type=utils.SEED, default=0, help="of scans, weights, orders and intervals")
     add("--overwrite", action="store_true", help="remove earlier findings, or those of --run-folds, first")
     parser.add_status()
@@ -279,7 +279,10 @@ def finish_fold(
         if about is None:
             return
         shares = [Share(number, share.of) for number in range(1, share.of + 1)]
-        found = pd.concat([read_findings(progress_file(results.path, fold, each)) for each in shares])
+        tables = [read_findings(progress_file(results.path, fold, each)) for each in shares]
+        found = pd.concat(
+            [table for table in tables if len(table)]
+        )  # an empty one would make whole numbers real
         place = {panel.cohort.table["path"][row]: number for number, row in enumerate(rows)}
         found = found.sort_values("scan", key=lambda scans: scans.map(place), kind="stable")
         others = [compare_folds(name, maps, fold) for name, maps in scans_alone.items()]

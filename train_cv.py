@@ -85,6 +85,16 @@ def get_parser() -> argparse.ArgumentParser:
 # Before any training -----------------------------------------------------------------------------
 
 
+def own_folds(wanted: list[int] | None, k: int, overwrite: bool) -> tuple[list[int], list[int] | None]:
+    """The folds of this process, of several that torchrun started its share; and None where it has all."""
+    share = sharing.own_share()
+    share.check_overwrite(overwrite)
+    chosen = share.deal(utils.choose_folds(wanted, k))
+    if not chosen:
+        print(f"process {share.number} of {share.of}: no fold is left for this one")
+    return chosen, chosen if wanted or share.of > 1 else None
+
+
 def check_fold(folder: Path, network: CNN3d, fold: int) -> None:
     """Raise InputError where the files of a finished fold are not as they were written."""
     load_weights(network, folder / f"state_dict_f{fold}.pth", torch.device("cpu"))
@@ -195,17 +205,15 @@ def main(argv: list[str] | None = None) -> int:
         return 0
     process.keep_freed_memory()
     device = selfcheck.open_device(args.device, args.precision)
-    share = sharing.own_share()
-    share.check_overwrite(args.overwrite)
-    chosen = share.deal(utils.choose_folds(args.run_folds, args.fold))
-    cohort = dataset.new_cohort(args.path, args.fold, args.split, args.val_fraction, args.seed)
+    chosen, only = own_folds(args.run_folds, args.fold, args.overwrite)
+    folding = args.fold, args.split, args.val_fraction, args.seed
+    cohort = dataset.new_cohort(args.path, *folding, runs.earlier_record(args.outpath))
     network = runs.new_network(args.model, cohort.grid)
     largest = models.largest_output(args.model, cohort.grid.shape)
     devices.check_batch(args.batch, largest, device)
     arguments = {name: value for name, value in vars(args).items() if name not in INCIDENTAL}
-    identity = cohort.identity | {"arguments": arguments}
-    only = chosen if args.run_folds or share.of > 1 else None
-    folds, implied = range(args.fold), {"permute_labels": False}
+    identity, implied = cohort.identity | {"arguments": arguments}, {"permute_labels": False}
+    folds = range(args.fold)
     results = ResultFolder(args.outpath, FILES, folds, identity, {}, only, args.overwrite, implied)
     if results.check(partial(check_fold, args.outpath, network)):
         check_folds(args.outpath / "folds.csv", cohort.folds)
@@ -219,11 +227,10 @@ def main(argv: list[str] | None = None) -> int:
         seen = with_permuted_labels(cohort, scans, args.seed) if args.permute_labels else lambda fold: scans
         load = batches(cohort, seen, args.batch, args.workers, args.seed, device)
         about = {"csv": str(args.path.resolve()), "model": args.model, "seed": args.seed}
+        about["scans_mark"] = cohort.checked.mark
         with results.at_work(about) as missing:
             save_folds(results, cohort.folds)
             utils.say_kept(chosen, missing)
-            if not chosen:
-                print(f"process {share.number} of {share.of}: no fold is left for this one")
             for fold in missing:
                 seed = utils.own_seed(args.seed, fold)
                 state = start(args.model, cohort.grid, args.lr, args.wd, seed, device)

@@ -16,6 +16,7 @@ from internals import devices, memory, storage
 from internals.errors import InputError
 
 CPU = torch.device("cpu")
+CHECKED_AHEAD = 2000  # scans at most that are all decoded to be checked, though nothing keeps them
 KINDS = ("auto", "gpu", "ram", "disk", "none")  # of --cache
 Keep = Callable[[int, np.ndarray], None]  # takes a scan's row and its voxels
 
@@ -46,6 +47,9 @@ class Cache:
     ) -> np.ndarray | Tensor | None:
         """Read the scans once, and keep them.
 
+        Where they are not kept, and are more than CHECKED_AHEAD, none is read: that would take hours. What is
+        wrong with one is said when it is used.
+
         Args:
             shape: (N, X, Y, Z) of all.
             key: names these very scans; those of another key are not taken for them.
@@ -60,13 +64,15 @@ class Cache:
         if kind == "stored":
             print(f"scans: {shape[0]}, read from {stored}")
             return _mapped(stored, shape)
-        voxels = "x".join(map(str, shape[1:]))
-        print(f"scans: {shape[0]} of {voxels} voxels, {size / 1e9:.2f} GB, {where.get(kind, 'not cached')}")
+        voxels, late = "x".join(map(str, shape[1:])), kind not in where and shape[0] > CHECKED_AHEAD
+        place = where.get(kind, f"not cached{'; voxels are checked as they are read' if late else ''}")
+        print(f"scans: {shape[0]} of {voxels} voxels, {size / 1e9:.2f} GB, {place}")
         if kind == "disk":
             _fill_disk(stored, size, read)
             return _mapped(stored, shape)
         if kind not in where:
-            read(lambda row, volume: None)
+            if not late:
+                read(lambda row, volume: None)
             return None
         kept = torch.empty(shape, device=self.device if kind == "gpu" else CPU)
 

@@ -86,7 +86,7 @@ def tiny_cohort(folder: Path, n: int = 6, shape: tuple[int, ...] = (5, 6, 7)) ->
 def cohort_of(csv: Path) -> dataset.Cohort:
     """The scans of a CSV, for tests that ask for no folds."""
     table = dataset.read_csv(csv)
-    return dataset.Cohort(csv, table, dataset.check_grid(table), pd.DataFrame(), 0)
+    return dataset.Cohort(csv, table, dataset.check_scans(table, {}), pd.DataFrame(), 0)
 
 
 def stacked(scans: dataset.ScanDataset) -> torch.Tensor:

@@ -314,7 +314,7 @@ NUMBERS = {
     "heatmap": {
         "--fold": "1 2.5", "--batch": "0 2.5", "--run-folds": "-1 2.5", "--seed": "-1 4294967296 2.5",
         "--steps": "0 2.5", "--beta": "-0.1 100.1", "--samples": "0 2.5", "--sigma": "0 -0.1 nan",
-        "--layer": "2.5 last", "--size": "0 -8 nan", "--stride": "0 -4",
+        "--layer": "2.5 last", "--size": "0 -8 nan", "--stride": "0 -4", "--part": "0/4 5/4 1 1/2/3 a/2",
     },
     "svm": {"--C": "0 nan", "--fold": "1 2.5", "--val-fraction": "0 1", "--seed": "-1 4294967296 2.5"},
     "ttest": {"--fold": "1 2.5", "--val-fraction": "0 1", "--seed": "-1 4294967296 2.5"},
@@ -324,7 +324,7 @@ NUMBERS = {
     },
     "sanity": {
         "--fold": "1 2.5", "--scans-per-fold": "0 2.5", "--repeats": "0 2.5", "--run-folds": "-1 2.5",
-        "--seed": "-1 4294967296 2.5",
+        "--seed": "-1 4294967296 2.5", "--part": "0/4 5/4 1 1/2/3 a/2",
     },
     "simulate": {"--subjects": "3 4.5", "--voxel": "0.9 4.1", "--seed": "-1 2.5", "--severity": "-0.1 10.1"},
 }
@@ -361,6 +361,7 @@ OPTIONS: dict[str, dict[str, str]] = {  # what is given after the good options, 
         "--run-folds 2": "--run-folds 2|0 to 1", f"--device {BEYOND}": f"--device {BEYOND}",
         "--modelpath none": "--modelpath none|no such folder",
         "--modelpath scans": "--modelpath scans|run.json|--path and --model",
+        "--part 1/2 --overwrite": "--overwrite: one of several",
     },
     "svm": {
         "--fold 3": "--fold 3|2", "--split contiguous": "--split contiguous|stratified",
@@ -385,6 +386,7 @@ OPTIONS: dict[str, dict[str, str]] = {  # what is given after the good options, 
         "--second-run models": "--second-run models: has the same networks as models",
         "--model modelB1": f"--model modelB1|{MODEL}", "--fold 3": "--fold 3|2 folds",
         "--run-folds 2": "--run-folds 2|0 to 1", f"--device {BEYOND}": f"--device {BEYOND}",
+        "--part 1/2 --overwrite": "--overwrite: one of several",
     },
     "simulate": {"": "--outpath|required"},
 }

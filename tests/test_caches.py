@@ -1,8 +1,11 @@
 """caches.py: where decoded scans are kept, and what of it is taken again."""
 
+import multiprocessing
 import os
 import pickle
 import shutil
+import time
+from multiprocessing.synchronize import Barrier
 from pathlib import Path
 from types import SimpleNamespace
 from unittest.mock import Mock
@@ -116,6 +119,54 @@ def test_bad_scans_are_all_named_and_no_cache_stays(csv, kind):
     with pytest.raises(InputError, match=words):
         opened(csv, kind)
     assert not (csv.parent / "cache").exists()
+
+
+@pytest.mark.parametrize("kind", ["none", "reuse"])
+def test_many_scans_that_nothing_keeps_are_checked_as_they_are_read(csv, kind, monkeypatch, capsys):
+    write_scan(csv.parent / "1.nii", np.full(TINY, 3, np.int16))
+    monkeypatch.setattr(caches, "CHECKED_AHEAD", 6)
+    with pytest.raises(InputError, match=r"1 of 6 .*1\.nii: is constant"):
+        opened(csv, kind)
+    assert "checked as they are read" not in capsys.readouterr().out
+    monkeypatch.setattr(caches, "CHECKED_AHEAD", 5)
+    scans = opened(csv, kind)
+    said = "scans: 6 of 5x6x7 voxels, 0.00 GB, not cached; voxels are checked as they are read\n"
+    assert capsys.readouterr().out == said
+    assert np.array_equal(scans[2][0][0].numpy(), dataset.read_scan(csv.parent / "2.nii"))
+    with pytest.raises(InputError, match=r"1\.nii: is constant \(every voxel is 3\)$"):
+        scans[1]
+    with pytest.raises(InputError, match=r"1 of 6 .*1\.nii: is constant"):  # what is kept is checked
+        opened(csv, "ram")
+
+
+def fill_together(csv: Path, barrier: Barrier) -> None:
+    """Open the scans as other processes do; write down which are decoded, slowly, and the sum of all."""
+    honest = dataset.read_scan
+
+    def slow(file: Path) -> np.ndarray:
+        time.sleep(0.05)
+        with (csv.parent / "decoded").open("a") as stream:
+            stream.write(f"{file.name}\n")
+        return honest(file)
+
+    dataset.read_scan = slow  # in this process, which ends with this function
+    barrier.wait(timeout=60)
+    (csv.parent / f"sum-{os.getpid()}").write_text(str(stacked(opened(csv, "disk")).double().sum().item()))
+
+
+def test_disk_cache_is_filled_once_by_many_processes(csv):
+    context = multiprocessing.get_context("fork")
+    barrier = context.Barrier(3)
+    jobs = [context.Process(target=fill_together, args=(csv, barrier)) for _ in range(3)]
+    for job in jobs:
+        job.start()
+    for job in jobs:
+        job.join(timeout=120)
+    assert [job.exitcode for job in jobs] == [0, 0, 0]
+    assert sorted((csv.parent / "decoded").read_text().split()) == [f"{i}.nii" for i in range(6)]
+    sums = {file.read_text() for file in csv.parent.glob("sum-*")}
+    assert sums == {str(stacked(opened(csv, "none")).double().sum().item())}
+    assert len(stored(csv)) == 1
 
 
 @pytest.mark.parametrize(

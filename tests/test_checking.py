@@ -59,7 +59,8 @@ def cohort_of(n: int, k: int = 2, seed: int = 0) -> Cohort:
     subjects = [f"s{i - 2 if i % 3 == 2 else i}" for i in range(n)]
     table = pd.DataFrame({"path": [f"{i}.nii" for i in range(n)], "label": labels, "subject": subjects})
     grid = Grid(CASE.grid, np.diag([*SIZES, 1]), nib.Nifti1Header())
-    return Cohort(Path("none"), table, grid, dataset.make_folds(table, k, "stratified", 0.25, seed), k)
+    checked = dataset.Checked(grid, "", "")
+    return Cohort(Path("none"), table, checked, dataset.make_folds(table, k, "stratified", 0.25, seed), k)
 
 
 def dataset_of(volumes: np.ndarray) -> ScanDataset:

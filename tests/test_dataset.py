@@ -3,9 +3,11 @@
 import contextlib
 import hashlib
 import itertools
+import os
 import re
 import shutil
 from pathlib import Path
+from typing import Any
 
 import nibabel as nib
 import numpy as np
@@ -17,7 +19,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import dataset
-from internals import storage
+from internals import caches, storage
 from internals.errors import InputError
 
 TINY = (5, 6, 7)
@@ -118,7 +120,9 @@ def test_grid_is_the_scans(tmp_path):
     assert np.array_equal(grid.affine, AFFINE)
 
 
-def test_bad_scans_are_all_named_at_once_with_what_is_wrong(tmp_path):
+def test_bad_scans_are_all_named_at_once_with_what_is_wrong(tmp_path, monkeypatch):
+    """In the CSV's order, though threads look at them, each at one."""
+    monkeypatch.setattr(dataset, "PIECE", 1)
     values = voxels(9, shape=TINY)
     write_scan(tmp_path / "fine.nii", values)
     write_scan(tmp_path / "turned.nii", values.transpose(1, 0, 2))
@@ -136,6 +140,123 @@ def test_bad_scans_are_all_named_at_once_with_what_is_wrong(tmp_path):
             check(tmp_path, "fine.nii", *list(broken)[:count])
         named = "; ".join(lines[:20])
         assert str(error.value) == f"{count} of {count + 1} scans cannot be used: {named}{more}"
+
+
+def test_voxels_of_many_scans_are_not_looked_at_for_one_report(tmp_path, monkeypatch):
+    write_scan(tmp_path / "constant.nii", np.full(TINY, 7, np.int16))
+    names = ["constant.nii", "missing.nii"]
+    for most, count in [(2, 2), (1, 1)]:
+        monkeypatch.setattr(caches, "CHECKED_AHEAD", most)
+        with pytest.raises(
+            InputError, match=f"^{count} of 2 scans cannot be used: .*missing.nii: no such file"
+        ):
+            check(tmp_path, *names)
+
+
+@pytest.mark.parametrize("piece", [1, 3, 32])
+def test_digest_is_that_of_samples_one_after_the_other(tmp_path, monkeypatch, piece):
+    """Whatever threads take which files; the digest is in the records of earlier versions."""
+    monkeypatch.setattr(dataset, "PIECE", piece)
+    monkeypatch.setattr(dataset, "LOOKERS", 3)
+    csv, digest = tiny_cohort(tmp_path, 11), hashlib.sha256()
+    write_scan(tmp_path / "4.nii", voxels(4, shape=(30, 40, 50)))  # larger than its samples
+    for number in range(11):
+        content = (tmp_path / f"{number}.nii").read_bytes()
+        digest.update(f"\n{len(content)} ".encode())
+        for start in np.linspace(0, max(len(content) - 4096, 0), 16, dtype=np.int64):
+            digest.update(content[start : start + 4096])
+    assert dataset.scans_digest(dataset.read_csv(csv)) == digest.hexdigest()
+    for number in (8, 3, 5):
+        (tmp_path / f"{number}.nii").unlink()
+    with pytest.raises(InputError, match=r"^3\.nii: cannot be read \(No such file or directory\)$"):
+        dataset.scans_digest(dataset.read_csv(csv))
+
+
+# What a run remembers of the files ---------------------------------------------------------------
+
+
+def overwrite(file: Path, content: bytes, later: int = 0) -> None:
+    """Put other content into a file, whose time is the same, or later by nanoseconds."""
+    status = file.stat()
+    file.write_bytes(content)
+    os.utime(file, ns=(status.st_atime_ns, status.st_mtime_ns + later))
+
+
+def checked(csv: Path) -> tuple[pd.DataFrame, dataset.Checked, dict[str, Any]]:
+    """A table, what was found in its files, and what a record says of that."""
+    table = dataset.read_csv(csv)
+    found = dataset.check_scans(table, {})
+    return table, found, {"scans_sha256": found.scans_sha256, "scans_mark": found.mark}
+
+
+def test_files_that_did_not_change_are_not_opened_again(tmp_path):
+    """But for the first; the others are no images any more, which only opening them would tell."""
+    table, first, record = checked(tiny_cohort(tmp_path))
+    assert (first.grid.shape, first.scans_sha256) == (TINY, dataset.scans_digest(table))
+    for number in range(1, 6):
+        file = tmp_path / f"{number}.nii"
+        overwrite(file, bytes(file.stat().st_size))
+    found = dataset.check_scans(table, record)
+    assert (found.scans_sha256, found.mark) == (first.scans_sha256, first.mark)
+    assert (found.grid.record(), found.grid.header) == (first.grid.record(), first.grid.header)
+
+
+@pytest.mark.parametrize(("longer", "later"), [(0, 1), (0, -1), (1, 0), (-1, 0)])
+def test_another_size_or_time_of_a_file_has_all_looked_at_again(tmp_path, longer, later):
+    table, first, record = checked(tiny_cohort(tmp_path))
+    file = tmp_path / "3.nii"
+    content = file.read_bytes()
+    overwrite(file, bytes(len(content) + longer), later)
+    with pytest.raises(InputError, match=r"1 of 6 scans cannot be used: 3\.nii: not a NIfTI image"):
+        dataset.check_scans(table, record)
+    overwrite(file, content, later)  # what it was, at another time
+    found = dataset.check_scans(table, record)
+    assert found.scans_sha256 == first.scans_sha256
+    assert (found.mark == first.mark) == (later == 0)
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [{"scans_mark": None}, {"scans_mark": 5}, {"scans_mark": "0" * 64}, {"scans_mark": ["x"]},
+     {"scans_sha256": None}, {"scans_sha256": "0" * 64}, {"scans_sha256": "\ud800"}, {"scans_sha256": [1]}],
+)  # fmt: skip
+def test_record_that_is_damaged_has_all_looked_at_again(tmp_path, damage):
+    table, _, record = checked(tiny_cohort(tmp_path))
+    overwrite(tmp_path / "3.nii", bytes((tmp_path / "3.nii").stat().st_size))
+    dataset.check_scans(table, record)
+    with pytest.raises(InputError, match=r"3\.nii: not a NIfTI image"):
+        dataset.check_scans(table, record | damage)
+    overwrite(tmp_path / "3.nii", (tmp_path / "1.nii").read_bytes())
+    again, afresh = (dataset.check_scans(table, each) for each in (record | damage, {}))
+    assert (again.scans_sha256, again.mark) == (afresh.scans_sha256, afresh.mark)
+
+
+def test_what_was_found_is_of_these_files_and_their_first_header(tmp_path):
+    table, first, record = checked(tiny_cohort(tmp_path))
+    others = [table, table[::-1].reset_index(drop=True), table[:5]]
+    assert len({dataset.check_scans(other, record).mark for other in others}) == 3
+    write_scan(tmp_path / "0.nii", voxels(0, shape=TINY), 2 * AFFINE)
+    os.utime(tmp_path / "0.nii", ns=(0, 0))
+    with pytest.raises(InputError, match=r"5 of 6 scans cannot be used: 1\.nii: its affine differs"):
+        dataset.check_scans(table, record)
+    (tmp_path / "0.nii").unlink()
+    with pytest.raises(InputError, match=r"1 of 6 scans cannot be used: 0\.nii: no such file"):
+        dataset.check_scans(table, record)
+    assert first.mark == record["scans_mark"]
+
+
+def test_file_that_changes_while_it_is_looked_at_is_looked_at_again(tmp_path, monkeypatch):
+    honest, csv = dataset.scans_digest, tiny_cohort(tmp_path)
+
+    def meanwhile(table: pd.DataFrame) -> str:
+        digest = honest(table)
+        overwrite(tmp_path / "3.nii", (tmp_path / "1.nii").read_bytes(), later=1)
+        return digest
+
+    with monkeypatch.context() as patch:
+        patch.setattr(dataset, "scans_digest", meanwhile)
+        table, first, record = checked(csv)
+    assert dataset.check_scans(table, record).scans_sha256 == honest(table) != first.scans_sha256
 
 
 @pytest.mark.parametrize("dtype", [np.uint8, np.float64])
@@ -353,7 +474,8 @@ def permutable(tmp_path: Path) -> dataset.Cohort:
     rows = [(f"{i}.nii", int(i % 40 < 15), f"s{i % 40}") for i in range(60)]
     csv = write_csv(tmp_path / "data.csv", rows, header="path,label,subject")
     table = dataset.read_csv(csv)
-    return dataset.Cohort(csv, table, None, dataset.make_folds(table, 2, "stratified", 0.25, 0), 2)  # type: ignore[arg-type]
+    checked = dataset.Checked(None, "", "")  # type: ignore[arg-type]
+    return dataset.Cohort(csv, table, checked, dataset.make_folds(table, 2, "stratified", 0.25, 0), 2)
 
 
 def test_permuted_labels_are_shuffled_within_a_folds_training_and_validation_subjects(tmp_path):

@@ -21,7 +21,7 @@ from torch.utils.data import DataLoader, TensorDataset
 import models
 import selfcheck
 import training
-from explaining import Explainer, explain_scans
+from explaining import Explainer, Progress, explain_scans
 from internals import devices
 from internals.errors import InputError
 from methods import METHODS
@@ -300,8 +300,9 @@ def test_maps_are_described_where_there_is_no_float64(method):
         settings = {"baseline": None, "voxel_sizes": (1, 1, 1)}
         explainers = {method: Explainer(network, known, options, settings, "label")}
         loader = DataLoader(TensorDataset(scans, torch.tensor([0, 1])), 2)
-        means, rows = explain_scans(explainers, loader, [1, 2], lambda *_: None, method)[method]
-        return means.mean(), rows
+        progress = {method: Progress()}
+        explain_scans(explainers, loader, [1, 2], lambda *_: None, progress, lambda: None, method)
+        return progress[method].means.mean(), progress[method].found
 
     mean, rows = explained(model)
     with StandIn("mps") as standin:

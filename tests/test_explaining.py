@@ -1,5 +1,9 @@
 """explaining.py: which logit is explained, what a map should sum to, and the mean of many maps."""
 
+import math
+import os
+import signal
+
 import numpy as np
 import pandas as pd
 import pytest
@@ -9,7 +13,10 @@ from torch import Tensor
 from torch.utils.data import DataLoader, TensorDataset
 
 import explaining
-from explaining import Explainer
+from explaining import Explainer, MeanMaps, Progress
+from internals import process
+from internals.errors import InputError
+from internals.sharing import Share
 from methods import METHODS, Method
 
 CASE = CASES["one block"]
@@ -118,9 +125,9 @@ def explain_all(function, batch: int = 2) -> tuple[np.ndarray, pd.DataFrame]:
     """Explain every scan; the maps are added to KEPT, in turn."""
     KEPT.clear()
     loader = DataLoader(TensorDataset(SCANS, LABELS), batch_size=batch)
-    toys = {"toy": explainer_of(Method(function))}
-    means, found = explaining.explain_scans(toys, loader, SEEDS, keep, "fold 3")["toy"]
-    return means.mean(), found
+    toys, progress = {"toy": explainer_of(Method(function))}, {"toy": Progress()}
+    explaining.explain_scans(toys, loader, SEEDS, keep, progress, lambda: None, "fold 3")
+    return progress["toy"].means.mean(), progress["toy"].found
 
 
 @pytest.mark.parametrize("batch", [1, 2, N])
@@ -168,15 +175,116 @@ def test_several_methods_share_one_pass_and_groups_have_means_of_their_own():
     }
     loader = DataLoader(TensorDataset(SCANS, LABELS), batch_size=2)
     try:
-        found = explaining.explain_scans(explainers, loader, SEEDS, lambda *_: None, "fold 0")
+        progress = {name: Progress() for name in explainers}
+        explaining.explain_scans(explainers, loader, SEEDS, lambda *_: None, progress, list, "fold 0")
     finally:
         hook.remove()
     assert passes == [2, 2, 1]
     assert given == [([3, 1], (1, 1, 1)), ([4, 1], (1, 1, 1)), ([5], (1, 1, 1))]
     expected = {"weighted": weighted(MODEL, SCANS, LABELS), "noted": noted(MODEL, SCANS, LABELS, SEEDS, 1)}
-    for name, (means, rows) in found.items():
+    for name, found in progress.items():
+        means, rows = found.means, found.found
         maps = expected[name][:, 0].numpy()
         assert np.allclose(rows["sum"], maps.sum((1, 2, 3)), rtol=1e-12)
         assert means.counts == {0: 2, 1: 3}
         for labels, chosen in (((), range(N)), ((0,), (0, 3)), ((1,), (1, 2, 4))):
             assert np.allclose(means.mean(*labels), maps[list(chosen)].mean(0), rtol=1e-12, atol=1e-15)
+
+
+# Shares, and going on ----------------------------------------------------------------------------
+
+
+def spread_maps(count: int) -> list[np.ndarray]:
+    """Maps whose values cancel and differ by forty orders of magnitude, as float32."""
+    random = np.random.default_rng(0)
+    values = random.standard_normal((count, 2, 3, 4)) * 10.0 ** random.integers(-20, 20, (count, 2, 3, 4))
+    values[1::2] = -values[::2] * (1 + 1e-6 * random.standard_normal((count // 2, 2, 3, 4)))
+    return list(values.astype(np.float32))
+
+
+@pytest.mark.parametrize("of", [1, 2, 3, 7])
+def test_means_do_not_depend_on_order_or_shares(of):
+    """They are the exact sums, rounded; a float64 sum in another order is not."""
+    maps, labels = spread_maps(40), [n % 3 % 2 for n in range(40)]
+    parts = []
+    for number in range(1, of + 1):
+        parts.append(MeanMaps())
+        for n in Share(number, of).deal(range(40)):
+            parts[-1].add(maps[n], labels[n])
+    merged = MeanMaps()
+    for part in reversed(parts):
+        merged.merge(part)
+    for chosen in ((), (0,), (1,)):
+        summed = [values for values, label in zip(maps, labels, strict=True) if label in (chosen or (0, 1))]
+        exact = np.array([math.fsum(v) for v in np.stack(summed).reshape(len(summed), -1).T.tolist()])
+        assert np.array_equal(merged.mean(*chosen).ravel(), exact / len(summed))
+    backwards = np.sum(maps[::-1], axis=0, dtype=np.float64)
+    assert (np.sum(maps, axis=0, dtype=np.float64) != backwards).any()
+
+
+@pytest.mark.parametrize("batch", [1, 2, 3])
+@pytest.mark.parametrize("done", [0, 1, 2, 4, N])
+def test_saved_progress_is_gone_on_from(tmp_path, done, batch):
+    """With another batch, too; and a method that is ahead of the others is not asked again."""
+    toys = {name: explainer_of(Method(weighted)) for name in ("behind", "ahead")}
+
+    def explain_from(begin: int, scans: slice, progress: dict[str, Progress]) -> list[tuple[str, int]]:
+        kept: list[tuple[str, int]] = []
+        loader = DataLoader(TensorDataset(SCANS[begin : scans.stop], LABELS[begin : scans.stop]), batch)
+        seeds = SEEDS[: scans.stop]
+        explaining.explain_scans(
+            toys, loader, seeds, lambda who, n, _: kept.append((who, n)), progress, lambda: None, ""
+        )
+        return kept
+
+    whole = {name: Progress() for name in toys}
+    assert len(explain_from(0, slice(N), whole)) == 2 * N
+    first = {name: Progress() for name in toys}
+    explain_from(0, slice(done), first)
+    first["behind"].save(tmp_path / "a.npz")
+    again = {"behind": Progress.load(tmp_path / "a.npz", CASE.grid), "ahead": whole["ahead"]}
+    assert sorted(explain_from(done, slice(N), again)) == [("behind", n) for n in range(done, N)]
+    assert np.array_equal(again["behind"].means.mean(), whole["behind"].means.mean())
+    pd.testing.assert_frame_equal(again["behind"].found, whole["behind"].found, rtol=1e-12)
+
+
+def test_damaged_progress_is_named(tmp_path):
+    progress = Progress()
+    progress.means.add(np.ones((2, 3, 4), np.float32), 1)
+    progress.found = pd.DataFrame([[0] * 6], columns=explaining.FOUND)
+    file = tmp_path / "sums_f0.npz"
+    progress.save(file)
+    assert Progress.load(file, (2, 3, 4)).means.counts == {1: 1}
+    whole = file.read_bytes()
+    for damaged in (whole[:100], b"", b"x" * 1000, whole[:200] + b"x" * 50 + whole[250:]):
+        file.write_bytes(damaged)
+        with pytest.raises(InputError, match=r"sums_f0\.npz: is damaged .*; remove it to explain"):
+            Progress.load(file, (2, 3, 4))
+    file.write_bytes(whole)
+    with pytest.raises(InputError, match="of other maps"):
+        Progress.load(file, (2, 3, 5))
+    progress.means.counts[1] = 2
+    progress.save(file)
+    with pytest.raises(InputError, match="of other maps"):
+        Progress.load(file, (2, 3, 4))
+
+
+def test_a_signal_to_stop_waits_for_the_batch_and_saves_it():
+    saved, progress = [], {"toy": Progress()}
+    toys = {"toy": explainer_of(Method(weighted))}
+
+    def keep(who: str, number: int, values: np.ndarray) -> None:
+        if number == 2:
+            os.kill(os.getpid(), signal.SIGUSR1)
+
+    def save() -> None:
+        saved.append(len(progress["toy"].found))
+
+    @process.command("")
+    def main(argv: list[str] | None = None) -> int:
+        loader = DataLoader(TensorDataset(SCANS, LABELS), 2)
+        explaining.explain_scans(toys, loader, SEEDS, keep, progress, save, "")
+        return 0
+
+    assert main() == 138
+    assert saved == [4]

@@ -1,7 +1,9 @@
 """heatmap.py: the maps and tables of every method, going on, published checkpoints, and mistakes."""
 
 import json
+import os
 import shutil
+import signal
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -401,6 +403,104 @@ def test_interrupted_maps_go_on(maps, lively_run, tmp_path, monkeypatch, module,
     assert not list(tmp_path.rglob(".*"))  # neither locks nor half a file
     assert again(lively_run, tmp_path / "LRP") == 0
     assert same_files(tmp_path / "LRP", maps)
+
+
+def test_stopped_maps_go_on_with_the_next_scan(maps, lively_run, tmp_path, counted, monkeypatch, capfd):
+    """A batch system's signal waits for the scan that is explained."""
+    honest, calls = heatmap.FoldMaps.keep, []
+
+    def keep(self: heatmap.FoldMaps, *args: Any) -> None:
+        honest(self, *args)
+        calls.append(args)
+        if len(calls) == 2:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(heatmap.FoldMaps, "keep", keep)
+        assert again(lively_run, tmp_path / "LRP") == 143
+    said = capfd.readouterr()
+    assert "SIGTERM: this step is finished and saved first" in said.err
+    assert "sums_f0.npz" in contents(tmp_path / "LRP")
+    assert sum(counted) == 2
+    assert again(lively_run, tmp_path / "LRP") == 0
+    assert sum(counted) == len(LABELS)
+    assert same_files(tmp_path / "LRP", maps)
+
+
+# Parts -------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("order", [(1, 2, 3), (3, 1, 2)])
+def test_parts_make_what_one_process_makes(maps, lively_run, tmp_path, capsys, order):
+    """Byte for byte, whichever part is last."""
+    for place, part in enumerate(order):
+        assert "map_all.png" not in contents(tmp_path)
+        assert again(lively_run, tmp_path / "LRP", "--part", f"{part}/3") == 0
+        said = capsys.readouterr().out
+        assert f"part {part} of 3\n" in said
+        assert ("not explained yet" in said) == (place < 2)
+    assert same_files(tmp_path / "LRP", maps)
+
+
+def test_more_parts_than_scans(maps, lively_run, tmp_path, capsys):
+    most = max(
+        len(runs.find_run(lively_run, None, None, None).cohort.scan_indices(f, "test")) for f in range(K)
+    )
+    for part in range(1, most + 2):
+        assert again(lively_run, tmp_path / "LRP", "--part", f"{part}/{most + 1}") == 0
+    assert "LRP fold 1: no scan is left for this part" in capsys.readouterr().out
+    assert same_files(tmp_path / "LRP", maps)
+
+
+def test_processes_of_torchrun_share_the_scans(maps, lively_run, tmp_path, monkeypatch, counted):
+    for rank in (1, 0):
+        for name, value in {"RANK": rank, "WORLD_SIZE": 2, "LOCAL_RANK": rank, "LOCAL_WORLD_SIZE": 2}.items():
+            monkeypatch.setenv(name, str(value))
+        assert again(lively_run, tmp_path / "LRP") == 0
+        assert sum(counted) == (len(LABELS) if rank == 0 else sum(counted))
+    assert same_files(tmp_path / "LRP", maps)
+
+
+def test_baseline_of_parts(lively_run, tmp_path):
+    options = ["--baseline", "controls", "--run-folds", "0"]
+    assert explain("IG", lively_run, tmp_path / "one", *options) == 0
+    for part in (2, 1):
+        assert explain("IG", lively_run, tmp_path / "two", *options, "--part", f"{part}/2") == 0
+    one, two = (dict(contents(tmp_path / name / "IG-controls")) for name in ("one", "two"))
+    assert "baseline_f0.nii.gz" in one
+    assert {n: c for n, c in one.items() if n != "map.json"} == {
+        n: c for n, c in two.items() if n != "map.json"
+    }
+
+
+def test_status_says_what_is_finished_and_changes_nothing(lively_run, tmp_path, capsys):
+    assert heatmap.main(["--status", "--outpath", str(tmp_path)]) == 0
+    assert capsys.readouterr().out == f"{tmp_path}: nothing yet\n"
+    assert again(lively_run, tmp_path / "LRP", "--run-folds", "0") == 0
+    assert again(lively_run, tmp_path / "LRP", "--run-folds", "1", "--part", "2/2") == 0
+    before = contents(tmp_path)
+    capsys.readouterr()
+    assert heatmap.main(["--status", "--outpath", str(tmp_path)]) == 0
+    expected = [
+        "fold 0: finished",
+        "fold 1, part 1 of 2: open",
+        "fold 1, part 2 of 2: finished",
+        "summary: open",
+    ]
+    assert capsys.readouterr().out.splitlines() == [f"LRP {line}" for line in expected]
+    assert heatmap.main(["--status", "--method", "IG", "--outpath", str(tmp_path)]) == 0
+    assert capsys.readouterr().out == f"{tmp_path}: nothing yet\n"
+    assert contents(tmp_path) == before
+
+
+def test_damaged_progress_is_one_line(lively_run, tmp_path, capsys):
+    assert again(lively_run, tmp_path / "LRP", "--part", "1/2") == 0
+    (tmp_path / "LRP/sums_f1-1of2.npz").write_bytes(b"PK")
+    assert again(lively_run, tmp_path / "LRP", "--part", "2/2") == 2
+    assert "sums_f1-1of2.npz: is damaged" in only_error(capsys.readouterr().err)
+
+
+# Weights that change -----------------------------------------------------------------------------
 
 
 def test_fold_of_changed_weights_is_explained_again(copy, maps, lively_copy, counted, capsys):

@@ -1,5 +1,6 @@
 """process.py: how a command ends, memory that does not suffice, states of random generators."""
 
+import os
 import random
 import signal
 from typing import Any
@@ -9,7 +10,6 @@ import numpy as np
 import pytest
 import torch
 from cohorts import contents
-from interruptions import terminate
 
 from internals import process, storage
 from internals.errors import Failure, InputError
@@ -21,7 +21,7 @@ def ended(work: Any, *argv: str) -> int:
     @process.command("all is saved")
     def main(argv: list[str] | None = None) -> int:
         """Say how many."""
-        return Mock(side_effect=work)() + len(argv or [])
+        return (Mock(side_effect=work)() or 0) + len(argv or [])
 
     assert main.__doc__ == "Say how many."
     return main(list(argv))
@@ -49,18 +49,73 @@ def test_command_lets_a_fault_of_the_program_through(fault):
         ended(fault("deep inside"))
 
 
-def test_command_unwinds_on_sigterm_and_restores_its_handler(capsys, tmp_path):
-    before = signal.getsignal(signal.SIGTERM)
+def send(*numbers: int) -> None:
+    """Signals to this very process, as batch systems send them."""
+    for number in numbers:
+        os.kill(os.getpid(), number)
+
+
+STATUS = {signal.SIGTERM: 143, signal.SIGUSR1: 138}
+
+
+@pytest.mark.parametrize(("number", "status"), STATUS.items())
+def test_command_unwinds_on_a_signal_and_restores_its_handler(capsys, tmp_path, number, status):
+    before = signal.getsignal(number)
 
     def work() -> None:
         with storage.atomic_write(tmp_path / "a.csv") as partial:
             partial.write_text("half")
-            terminate()
+            send(number)
 
-    assert ended(work) == 143
+    assert ended(work) == status
     assert capsys.readouterr().err == "interrupted: all is saved\n"
     assert contents(tmp_path) == {}
-    assert signal.getsignal(signal.SIGTERM) is before
+    assert signal.getsignal(number) is before
+
+
+@pytest.mark.parametrize(("number", "status"), STATUS.items())
+def test_a_step_is_finished_before_a_signal_ends_the_command(capfd, number, status):
+    done = []
+
+    def work() -> None:
+        for step in range(5):
+            with process.step() as is_last:
+                assert not is_last()
+                if step == 1:
+                    send(number)
+                    assert is_last()
+                done.append(step)
+
+    assert ended(work) == status
+    assert done == [0, 1]
+    name = signal.Signals(number).name
+    first = f"{name}: this step is finished and saved first; again ends it at once\n"
+    assert capfd.readouterr().err == f"{first}interrupted: all is saved\n"
+
+
+def test_a_second_signal_ends_a_step_at_once_and_so_does_ctrl_c():
+    done = []
+
+    def work(*numbers: int) -> None:
+        with process.step():
+            send(*numbers)
+            done.append(numbers)
+
+    assert ended(lambda: work(signal.SIGUSR1, signal.SIGTERM)) == 143
+    assert ended(lambda: work(signal.SIGINT)) == 130
+    assert done == []
+    assert ended(lambda: work()) == 0  # what came before is forgotten
+    assert done == [()]
+
+
+def test_an_error_in_a_step_comes_before_a_signal(capfd):
+    def work() -> None:
+        with process.step():
+            send(signal.SIGTERM)
+            raise InputError("a.nii: bad")
+
+    assert ended(work) == 2
+    assert "a.nii: bad" in capfd.readouterr().err
 
 
 @pytest.mark.parametrize(

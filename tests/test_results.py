@@ -14,7 +14,8 @@ from cohorts import contents
 
 from internals import storage
 from internals.errors import InputError
-from internals.results import Files, ResultFolder
+from internals.results import Files, ResultFolder, states_of
+from internals.sharing import Share
 
 ROOT = Path(__file__).resolve().parents[1]
 FILES = Files(
@@ -330,6 +331,119 @@ def test_of_several_processes_one_makes_what_is_made_of_all(tmp_path):
     assert sum("True" in line for line in said) == 1
     assert record_of(tmp_path)["finished"] == [*range(4), "summary"]
     assert not list(tmp_path.glob(".*"))
+
+
+# Shares ------------------------------------------------------------------------------------------
+
+SHARED = Files(
+    record="run.json", part=["map_f{}.nii"], beside=["scans/f{}_*.nii"], progress=["sums_f{}[.-]*"],
+    summary=["map_all.nii"], facts=["digest", "scans"],
+)  # fmt: skip
+
+
+def shared(path: Path, number: int, of: int, **changes: Any) -> ResultFolder:
+    return results_of(path, **{"files": SHARED, "share": Share(number, of)} | changes)
+
+
+def do_share(results: ResultFolder) -> list[tuple]:
+    """What a command does with its share; says which parts it did, and which of them it put together."""
+    said = []
+    share = results.share
+    assert share is not None
+    with results.at_work({}) as missing:
+        for part in missing:
+            write(results.path, [f"sums_f{part}{share.suffix}.npz", f"scans/f{part}_{share.number}.nii"])
+            with results.finish_share(part) as facts:
+                if facts is not None:
+                    write(results.path, [f"map_f{part}.nii"])
+                    facts["scans"] = 7
+                said.append((part, facts is not None))
+        with results.summary() as due:
+            if due:
+                write(results.path, SHARED.summary)
+    return said
+
+
+def test_the_last_share_puts_the_part_together(tmp_path):
+    assert do_share(shared(tmp_path, 2, 3)) == [(0, False), (1, False), (2, False)]
+    assert do_share(shared(tmp_path, 1, 3, chosen=[0, 2])) == [(0, False), (2, False)]
+    before = contents(tmp_path)
+    assert do_share(shared(tmp_path, 2, 3)) == [(0, False), (1, False), (2, False)]  # done before
+    assert contents(tmp_path) == before
+    assert do_share(shared(tmp_path, 3, 3)) == [(0, True), (1, False), (2, True)]
+    assert not list(tmp_path.glob("sums_f[02]*"))
+    assert record_of(tmp_path)["shares"] == {"1": {"of": 3, "done": [2, 3], "from": {}}}
+    assert do_share(shared(tmp_path, 1, 3)) == [(1, True)]
+    undivided = tmp_path / "undivided"
+    assert do_share(shared(undivided, 1, 1)) == [(0, True), (1, True), (2, True)]
+    assert record_of(tmp_path) == record_of(undivided)
+    scans = {f"scans/f{part}_{number}.nii" for part in range(3) for number in (1, 2, 3)}
+    files = {"run.json", "map_f0.nii", "map_f1.nii", "map_f2.nii", "map_all.nii"}
+    assert {name for name in contents(tmp_path) if not name.startswith("undivided")} == files | scans
+
+
+def test_another_division_begins_again_unless_somebody_is_at_work(tmp_path, capsys):
+    do_share(shared(tmp_path, 1, 2, chosen=[0, 1]))
+    with shared(tmp_path, 2, 2, chosen=[1]).at_work({}):
+        before = contents(tmp_path)
+        for other in (shared(tmp_path, 1, 3), shared(tmp_path, 1, 1)):
+            with pytest.raises(InputError, match=r"another process is at work on fold 1, divided otherwise$"):
+                do_share(other)
+        with pytest.raises(InputError, match=r"another process is at work on fold 1$"):
+            do_share(shared(tmp_path, 2, 2))
+        assert contents(tmp_path) == before
+        assert do_share(shared(tmp_path, 1, 2)) == [(0, False), (1, False), (2, False)]
+    assert do_share(shared(tmp_path, 1, 1, chosen=[0])) == [(0, True)]
+    assert (
+        "fold 0: was divided otherwise, or made from something else; begins again" in capsys.readouterr().out
+    )
+    assert "scans/f0_1.nii" in contents(tmp_path)  # made again
+    assert do_share(shared(tmp_path, 2, 2)) == [(1, True), (2, True)]
+
+
+def test_shares_of_one_part_are_made_from_the_same(tmp_path):
+    first, second = ({part: {"digest": f"{name}{part}"} for part in range(3)} for name in "ab")
+    do_share(shared(tmp_path, 1, 2, made_from=first))
+    words = r"another process is at work on fold 0 of other weights$"
+    at_work = shared(tmp_path, 1, 2, made_from=first, chosen=[0]).at_work({})
+    with at_work, pytest.raises(InputError, match=words):
+        do_share(shared(tmp_path, 2, 2, made_from=second))
+    assert do_share(shared(tmp_path, 2, 2, made_from=second)) == [(0, False), (1, False), (2, False)]
+    assert not list(tmp_path.glob("sums_f?-1of2*"))
+    assert do_share(shared(tmp_path, 1, 2, made_from=second)) == [(0, True), (1, True), (2, True)]
+    assert record_of(tmp_path)["digest"] == {"0": "b0", "1": "b1", "2": "b2"}
+
+
+def test_part_that_was_killed_while_it_was_put_together_is_put_together_again(tmp_path):
+    do_share(shared(tmp_path, 1, 2, chosen=[0]))
+    results = shared(tmp_path, 2, 2, chosen=[0])
+    with contextlib.suppress(KeyboardInterrupt), results.at_work({}):
+        write(tmp_path, ["sums_f0-2of2.npz"])
+        with results.finish_share(0) as facts:
+            assert facts == {}
+            write(tmp_path, ["map_f0.nii"])
+            raise KeyboardInterrupt
+    assert record_of(tmp_path)["finished"] == []
+    assert {"sums_f0-1of2.npz", "sums_f0-2of2.npz"} <= set(contents(tmp_path))
+    assert do_share(shared(tmp_path, 1, 2, chosen=[0])) == [(0, True)]
+
+
+def test_states(tmp_path):
+    assert states_of(tmp_path, SHARED) == {}
+    do_share(shared(tmp_path, 1, 2, chosen=[0, 1]))
+    do_share(shared(tmp_path, 2, 2, chosen=[0]))
+    with shared(tmp_path, 2, 2, chosen=[1]).at_work({}), shared(tmp_path, 1, 1, chosen=[2]).at_work({}):
+        before = contents(tmp_path)
+        expected = {"fold 0": "finished", "fold 1, part 1 of 2": "finished", "fold 1, part 2 of 2": "running"}
+        assert states_of(tmp_path, SHARED) == expected | {"fold 2": "running", "summary": "open"}
+        assert contents(tmp_path) == before
+    states = states_of(tmp_path, SHARED)
+    assert (states["fold 1, part 2 of 2"], states["fold 2"]) == ("open", "open")
+    do_share(shared(tmp_path, 1, 1))
+    assert set(states_of(tmp_path, SHARED).values()) == {"finished"}
+    edit(tmp_path, parts=None)
+    with pytest.raises(InputError, match="'parts' is"):
+        states_of(tmp_path, SHARED)
 
 
 def test_parts_with_names(tmp_path):

@@ -1,6 +1,7 @@
 """runs.py: a training run's records, as they were written and as they were edited by hand."""
 
 import json
+import os
 import shutil
 from pathlib import Path
 from typing import Any
@@ -33,7 +34,7 @@ def run(tmp_path) -> Path:
     parts = [table[dataset.COLUMNS].assign(fold=fold, role=role) for fold, role in enumerate(ROLES)]
     folds = pd.concat(parts, ignore_index=True)[["fold", "role", *dataset.COLUMNS]]
     storage.write_csv(folds, folder / "folds.csv")
-    cohort = dataset.Cohort(csv, table, dataset.check_grid(table), folds, K)
+    cohort = dataset.Cohort(csv, table, dataset.check_scans(table, {}), folds, K)
     about = {"csv": str(csv), "model": "modelB2", "arguments": FOLDING | {"lr": 1e-4}}
     storage.write_json(cohort.identity | about, folder / "run.json")
     return folder
@@ -76,6 +77,36 @@ def test_run_of_something_else(run):
     assert runs.find_run(run, None, None, None).cohort.k == K
     for i in range(8):
         write_scan(run.parent / f"{i}.nii", voxels(i, shape=(5, 6, 7)), 2 * AFFINE)
+    assert refusal(run) == f"{csv}: the scans' grid is not the one that {run} was trained on"
+
+
+def test_files_that_a_run_remembers_are_not_opened_again(run):
+    """The last scan is no image any more, with the time and size that it had: only opening it would tell."""
+    csv, file = run.parent / "data.csv", run.parent / "7.nii"
+    checked = dataset.check_scans(dataset.read_csv(csv), {})
+    status, content = file.stat(), file.read_bytes()
+
+    def put(content: bytes, time: int) -> None:
+        file.write_bytes(content)
+        os.utime(file, ns=(status.st_atime_ns, time))
+
+    put(bytes(len(content)), status.st_mtime_ns)
+    assert "7.nii: not a NIfTI image" in refusal(run)  # an earlier version's record
+    edit(run, scans_mark=checked.mark)
+    written = (run / "run.json").read_bytes()
+    for find in (runs.find_run(run, None, None, None).cohort, runs.find_cohort(run, None, {})[0]):
+        assert find.checked.mark == checked.mark
+        assert find.identity["scans_sha256"] == checked.scans_sha256
+        assert find.grid.header == checked.grid.header
+    put(bytes(len(content)), status.st_mtime_ns + 1)
+    assert "7.nii: not a NIfTI image" in refusal(run)
+    put((run.parent / "5.nii").read_bytes(), status.st_mtime_ns + 1)
+    assert refusal(run) == f"{csv}: the scans changed since {run} was trained on them"
+    put(content, status.st_mtime_ns + 1)
+    assert runs.find_run(run, None, None, None).cohort.checked.mark != checked.mark
+    assert (run / "run.json").read_bytes() == written  # whoever reads a run does not write to it
+    put(content, status.st_mtime_ns)
+    edit(run, grid={"shape": [5, 6, 7], "affine": (2 * AFFINE).tolist()})
     assert refusal(run) == f"{csv}: the scans' grid is not the one that {run} was trained on"
 
 

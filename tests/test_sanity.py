@@ -5,7 +5,9 @@ The measures are tested in test_checking.py.
 
 import itertools
 import json
+import os
 import shutil
+import signal
 from pathlib import Path
 
 import numpy as np
@@ -178,6 +180,40 @@ def test_interrupted_panel_goes_on_with_the_next_scan(
     found, expected = contents(tmp_path), contents(done)
     assert {name: found[name] for name in WRITTEN} == {name: expected[name] for name in WRITTEN}
     assert set(found) == WRITTEN
+
+
+def test_stopped_panel_finishes_its_scan(done, some_maps, lively_run, tmp_path, monkeypatch):
+    honest = sanity.Panel._check_scan
+
+    def stopped(self, *args):
+        os.kill(os.getpid(), signal.SIGUSR1)
+        return honest(self, *args)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(sanity.Panel, "_check_scan", stopped)
+        assert check(some_maps, lively_run, tmp_path) == 138
+    assert len(set(sanity.read_findings(tmp_path / "findings_f0.csv")["scan"])) == 1
+    assert check(some_maps, lively_run, tmp_path) == 0
+    assert same(tmp_path, done)
+
+
+@pytest.mark.parametrize("parts", [(2, 1), (3, 1, 2)])
+def test_parts_make_what_one_process_makes(done, some_maps, lively_run, tmp_path, parts, capsys):
+    """Byte for byte; the third of three has no scan to check."""
+    for part in parts:
+        assert check(some_maps, lively_run, tmp_path, "--part", f"{part}/{len(parts)}") == 0
+    assert same(tmp_path, done)
+    capsys.readouterr()
+    assert sanity.main(["--status", "--maps", str(tmp_path)]) == 0
+    assert capsys.readouterr().out == "fold 0: finished\nfold 1: finished\nsummary: finished\n"
+
+
+def same(folder: Path, done: Path) -> bool:
+    """The same files, byte for byte, but for the order of the record's keys."""
+    found, expected = dict(contents(folder)), dict(contents(done))
+    return (
+        json.loads(found.pop("sanity.json")) == json.loads(expected.pop("sanity.json")) and found == expected
+    )
 
 
 def test_fold_by_fold(done, some_maps, lively_run, tmp_path, capsys):

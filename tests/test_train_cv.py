@@ -27,7 +27,9 @@ from cohorts import (
     load_volume,
     only_error,
     read_table,
+    voxels,
     write_csv,
+    write_scan,
 )
 from interruptions import ends_after
 
@@ -39,7 +41,7 @@ import models
 import train_cv
 import training
 import utils
-from internals import devices, storage
+from internals import caches, devices, storage
 
 ROOT = Path(train_cv.__file__).parent
 PREDICTIONS = ["fold", "path", "label", "subject", "prob_1", "predicted"]
@@ -239,6 +241,62 @@ def test_loader_shuffles_training_and_nothing_else(csv):
         assert order(0, role) == [cohort.scan_indices(0, role)] * 8
 
 
+# Scans that were checked before, and that were not -------------------------------------------------
+
+
+@pytest.fixture
+def own_csv(csv, tmp_path) -> Path:
+    """The scans and their CSV, to be changed."""
+    return Path(shutil.copytree(csv.parent, tmp_path / "cohort")) / "data.csv"
+
+
+def test_files_are_looked_at_again_where_one_changed(own_csv, tmp_path, monkeypatch, capsys):
+    out, honest, looked = tmp_path / "models", dataset.check_grid, list[int]()
+    monkeypatch.setattr(dataset, "check_grid", lambda table: looked.append(len(table)) or honest(table))
+    monkeypatch.setattr(training, "train_epoch", interrupt)
+
+    def call(*options: str, status: int = 130) -> list[int]:
+        looked.clear()
+        assert train(own_csv, out, *options) == status
+        return looked
+
+    assert call() == [12]
+    mark = record(out)["scans_mark"]
+    assert mark == dataset.check_scans(dataset.read_csv(own_csv), {}).mark
+    for options in (
+        [],
+        ["--run-folds", "1"],
+        ["--overwrite"],
+        ["--epochs", "1", "--overwrite"],
+        ["--overwrite"],
+    ):
+        assert call(*options) == []
+        assert record(out)["scans_mark"] == mark
+    os.utime(own_csv.parent / "scans" / "003.nii", ns=(0, 0))
+    assert call() == [12]
+    assert record(out)["scans_mark"] != mark
+    assert call() == []
+    (out / "run.json").write_text("{")
+    capsys.readouterr()
+    assert call(status=2) == [12]
+    assert "run.json" in only_error(capsys.readouterr().err)
+    assert call("--overwrite") == [12]
+    assert call() == []
+
+
+@pytest.mark.parametrize("workers", ["0", "1"])
+def test_bad_voxels_among_many_scans_are_said_when_they_are_read(
+    own_csv, tmp_path, monkeypatch, capsys, workers
+):
+    bad, out = own_csv.parent / "scans" / "003.nii", tmp_path / "models"
+    write_scan(bad, np.where(voxels(3) > 900, np.nan, 1).astype(np.float32))
+    for most, written in [(12, set()), (11, {"run.json", "folds.csv"})]:
+        monkeypatch.setattr(caches, "CHECKED_AHEAD", most)
+        assert train(own_csv, out, "--cache", "none", "--workers", workers) == 2
+        assert f"{bad.name}: has voxels that are NaN or infinite" in only_error(capsys.readouterr().err)
+        assert {file.name for file in out.glob("*")} - {"progress_f0.pth"} == written
+
+
 # Interrupted -------------------------------------------------------------------------------------
 
 # after: the last epoch of a fold, before its progress is saved; the progress of an epoch; the last file of a
@@ -297,6 +355,33 @@ def test_output_that_nobody_reads_is_one_line(csv, tmp_path):
 
 
 # Several processes in one folder, and overwriting ------------------------------------------------
+
+
+def test_processes_of_torchrun_share_the_folds(csv, run, tmp_path, monkeypatch, capsys):
+    """The last makes what is made of all folds; one that has no fold says so."""
+    for rank, said in [(2, "no fold is left"), (1, "not trained yet: folds [0]"), (0, "written to")]:
+        for name, value in {"RANK": rank, "WORLD_SIZE": 3, "LOCAL_RANK": rank, "LOCAL_WORLD_SIZE": 3}.items():
+            monkeypatch.setenv(name, str(value))
+        monkeypatch.setenv("OMP_NUM_THREADS", str(torch.get_num_threads() + (torch.get_num_threads() == 1)))
+        assert train(csv, tmp_path) == 0
+        assert said in capsys.readouterr().out
+    assert unclocked(tmp_path) == unclocked(run)
+    assert train(csv, tmp_path, "--overwrite") == 2
+    assert "--overwrite: one of several processes" in only_error(capsys.readouterr().err)
+    assert train(csv, tmp_path, "--device", "cuda:1") == 2
+    assert "--device cuda:1: torchrun started 3 processes here" in only_error(capsys.readouterr().err)
+
+
+def test_status(csv, run, tmp_path, capsys):
+    assert train_cv.main(["--status", "--outpath", str(run)]) == 0
+    assert capsys.readouterr().out == "fold 0: finished\nfold 1: finished\nsummary: finished\n"
+    assert train(csv, tmp_path, "--run-folds", "1") == 0
+    capsys.readouterr()
+    with storage.locked(tmp_path / ".lock-fold_0"):
+        assert train_cv.main(["--status", "--outpath", str(tmp_path)]) == 0
+    assert capsys.readouterr().out == "fold 0: running\nfold 1: finished\nsummary: open\n"
+    assert train_cv.main(["--outpath", str(tmp_path)]) == 2
+    assert "the following arguments are required: --path" in only_error(capsys.readouterr().err)
 
 
 def test_two_jobs_at_once_share_a_folder(csv, run, tmp_path, monkeypatch):

@@ -6,9 +6,9 @@
 Debian's Slurm is unpacked into a temporary folder: nothing is installed, and a Slurm that is there is left
 alone. Of the training jobs one is killed, one is warned by hand and one by the time limit; a job that makes
 maps is warned, too. The warned ones go on by themselves, and submit.sh, typed again, submits what is open.
-Then the same commands run without Slurm, neither folds nor scans dealt out, in the same place. All files of
-models/ and heatmaps/ are compared, as bench/torture.py compares them. Status 1 where one differs, or a job
-did not end as it should.
+Then the same commands run without Slurm, neither folds nor scans dealt out. All files of models/ and
+heatmaps/ are compared, as bench/torture.py compares them, the records but for the name of the run's folder.
+Status 1 where one differs, or a job did not end as it should.
 """
 
 import contextlib
@@ -308,7 +308,7 @@ def main(argv: list[str] | None = None) -> int:
     utils.ArgumentParser(__doc__).parse_args(argv)
     with tempfile.TemporaryDirectory() as name:
         top = Path(name)
-        cohort, disturbed, plain = top / "cohort", top / "a run", top / "plain"
+        cohort, disturbed, plain = top / "cohort", top / "a run", top / "plain run"
         simulate.main(["--outpath", str(cohort), "--subjects", "16"])
         disturbed.mkdir()
         plain.mkdir()
@@ -322,6 +322,8 @@ def main(argv: list[str] | None = None) -> int:
             disturb_maps(slurm, numbers["maps"])
             good &= as_expected(ends(slurm, numbers), SECOND)
             torture.finish(undisturbed)
+        for record in plain.rglob("*.json"):  # they name the folder of the networks
+            record.write_text(record.read_text().replace(str(plain), str(disturbed)))
         folders = ["models", "heatmaps"]
         rows = [torture.differences(disturbed / folder, plain / folder) for folder in folders]
     table = pd.DataFrame(rows, index=folders, columns=["files compared", "differences"])

@@ -9,9 +9,13 @@
 signal='' child='' seconds=$1
 pass_on() {
     signal=$1 interrupted=yes
-    [ -z "$child" ] || kill -s "$1" "$child"
+    [ -n "$child" ] || return
+    kill -s "$1" "$child"
+    if [ "$1" = USR1 ]; then
+        (sleep "$seconds" && kill -s USR1 $$) > /dev/null 2>&1 &
+    fi
 }
-trap 'pass_on USR1; (sleep "$seconds" && kill -s USR1 $$) > /dev/null 2>&1 &' USR1
+trap 'pass_on USR1' USR1
 trap 'pass_on TERM' TERM
 
 export OMP_NUM_THREADS="${SLURM_CPUS_PER_TASK:-1}"

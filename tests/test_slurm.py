@@ -318,3 +318,13 @@ def test_after_a_warning_no_other_command_begins(place):
     assert job.communicate()[0] == "warned\n"
     assert job.returncode == 143
     assert place.calls("scontrol") == [["requeue", "7"]]
+
+
+@pytest.mark.parametrize("_", range(5))
+def test_a_warning_at_the_very_start_of_a_command(place, _):
+    """It may come before job.sh knows the command's number."""
+    place.say("squeue", "RUNNING None")
+    job = place.job("bash -c 'kill -s USR1 $PPID; exec sleep 9'", "echo the next line")
+    assert job.communicate()[0] == "ready for python\n"
+    assert job.returncode == 138
+    assert place.calls("scontrol") == [["requeue", "7"]]

@@ -54,7 +54,9 @@ waiting=$(squeue --me --noheader --name=cnn-train,cnn-maps,cnn-rest --format='%i
     while read -r job folder; do [ "$folder" != "$PWD" ] || echo -n " $job"; done)
 [ -z "$waiting" ] || fail "jobs of this folder are in the queue:$waiting; wait for them, or scancel them"
 
-eval "$SETUP"
+set +eu # which modules and environments of sites are not made for
+eval "$SETUP" || fail "$settings: SETUP ended with status $?"
+set -eu
 trained=$(eval "$train --status")
 explained=$(eval "$explain --status")
 mapped() { # mapped PART: whether every method has finished it
@@ -66,10 +68,10 @@ mapped() { # mapped PART: whether every method has finished it
 # Where all that goes before is finished, the last of its jobs makes what was to be made of all.
 folds=() parts=()
 for ((fold = 0; fold < FOLDS; fold++)); do
-    grep -q "^fold $fold: finished" <<< "$trained" || folds+=("$fold")
-    before=${#parts[@]}
+    new='' before=${#parts[@]} # new weights need new maps
+    grep -q "^fold $fold: finished" <<< "$trained" || { folds+=("$fold") && new=yes; }
     for ((part = 1; part <= PARTS; part++)); do
-        mapped "fold $fold(, part $part of $PARTS)?" || parts+=("$((fold * PARTS + part - 1))")
+        [ -z "$new" ] && mapped "fold $fold(, part $part of $PARTS)?" || parts+=("$((fold * PARTS + part - 1))")
     done
     [ ${#parts[@]} -gt "$before" ] || mapped "fold $fold" || parts+=("$((fold * PARTS + PARTS - 1))")
 done

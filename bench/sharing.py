@@ -19,6 +19,8 @@ from collections.abc import Callable
 from pathlib import Path
 
 os.environ["OMP_NUM_THREADS"] = "1"
+if hasattr(os, "sched_setaffinity"):  # so that each of two processes has one thread as well
+    os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[:2])
 
 import pandas as pd
 from torture import CHECK, EXPLAIN, TRAIN, command, differences, finish, start
@@ -93,12 +95,8 @@ def main() -> int:
                 folder = top / f"{what} {processes}"
                 compare(what, f"torchrun, {processes}", timed(torchrun(words(folder), processes)), folder)
             if what != "train_cv.py":
-                compare(
-                    what,
-                    "--part i/3",
-                    timed(in_parts(words(top / f"{what} parts"), 3)),
-                    top / f"{what} parts",
-                )
+                folder = top / f"{what} parts"
+                compare(what, "--part i/3", timed(in_parts(words(folder), 3)), folder)
         folder, again = top / "killed", torchrun(work["train_cv.py"](top / "killed"), 2)
         kill_one(again, folder)
         compare("train_cv.py", "torchrun, 2, one killed, again", timed(again), folder)

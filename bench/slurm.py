@@ -256,7 +256,9 @@ def disturb_training(slurm: Slurm, job: str) -> None:
 def disturb_maps(slurm: Slurm, job: str) -> None:
     """Warn the job of fold 1's second part while it is at work."""
     wait_until("maps are made", lambda: slurm.at_work("--run-folds", "1", "--part", "2/2"))
-    slurm("scancel", "--signal=USR1", "--batch", f"{job}_{PARTS + 1}")
+    # by its own number: named as a task of an array that others of still wait, scancel signals it again later
+    task = slurm("squeue", "--noheader", f"--jobs={job}_{PARTS + 1}", "--format=%A").strip()
+    slurm("scancel", "--signal=USR1", "--batch", task)
 
 
 def ends(slurm: Slurm, numbers: dict[str, str]) -> pd.DataFrame:

@@ -599,11 +599,11 @@ def test_job_that_knows_older_weights_leaves_folds_of_others_finished(lively_cop
     weights.unlink()
     honest = dataset.Cohort.open_scans
 
-    def late(*args):
+    def late(*args, **options):
         monkeypatch.setattr(dataset.Cohort, "open_scans", honest)
         weights.write_bytes(content)
         assert again(lively_copy, tmp_path / "LRP", "--run-folds", "1") == 0
-        return honest(*args)
+        return honest(*args, **options)
 
     monkeypatch.setattr(dataset.Cohort, "open_scans", late)
     assert again(lively_copy, tmp_path / "LRP", "--run-folds", "0") == 0

@@ -508,6 +508,7 @@ def test_states(tmp_path):
         assert contents(tmp_path) == before
     states = states_of(tmp_path, SHARED)
     assert (states["fold 1, part 2 of 2"], states["fold 2"]) == ("open", "open")
+    do_share(shared(tmp_path, 2, 2, chosen=[1]))
     do_share(shared(tmp_path, 1, 1))
     assert set(states_of(tmp_path, SHARED).values()) == {"finished"}
     for damaged in (None, [[1]], "all"):

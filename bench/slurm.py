@@ -236,6 +236,14 @@ def is_warned(pid: int) -> bool:
     return not re.search(r"^ShdPnd:\s0+$", Path(f"/proc/{pid}/status").read_text(), re.M)
 
 
+def warn(slurm: Slurm, task: str) -> None:
+    """Have a job warned, and wait until it is back in the queue."""
+    words = ["scancel", "--signal=USR1", "--batch", task]
+    with subprocess.Popen(words, env=slurm.environment, stderr=subprocess.DEVNULL) as scancel:
+        wait_until(f"{task} is back in the queue", lambda: restarts(slurm, task))
+        scancel.kill()  # while other tasks of the array wait, it sends the signal again every few seconds
+
+
 def disturb_training(slurm: Slurm, job: str) -> None:
     """Kill fold 1, warn fold 2, and have fold 3 come near its time limit in the middle of an epoch."""
     for fold in range(1, FOLDS):
@@ -246,7 +254,7 @@ def disturb_training(slurm: Slurm, job: str) -> None:
     os.kill(workers[3], signal.SIGSTOP)  # an epoch that lasts until the warning comes
     slurm("scontrol", "update", f"JobId={job}_3", "TimeLimit=1")
     os.kill(workers[1], signal.SIGKILL)
-    slurm("scancel", "--signal=USR1", "--batch", f"{job}_2")
+    warn(slurm, f"{job}_2")
     wait_until("fold 3 is warned", lambda: is_warned(workers[3]))
     os.kill(workers[3], signal.SIGCONT)
     wait_until("fold 3 is back in the queue", lambda: restarts(slurm, f"{job}_3"))
@@ -256,9 +264,7 @@ def disturb_training(slurm: Slurm, job: str) -> None:
 def disturb_maps(slurm: Slurm, job: str) -> None:
     """Warn the job of fold 1's second part while it is at work."""
     wait_until("maps are made", lambda: slurm.at_work("--run-folds", "1", "--part", "2/2"))
-    # by its own number: named as a task of an array that others of still wait, scancel signals it again later
-    task = slurm("squeue", "--noheader", f"--jobs={job}_{PARTS + 1}", "--format=%A").strip()
-    slurm("scancel", "--signal=USR1", "--batch", task)
+    warn(slurm, f"{job}_{PARTS + 1}")
 
 
 def ends(slurm: Slurm, numbers: dict[str, str]) -> pd.DataFrame:

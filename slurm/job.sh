@@ -41,7 +41,8 @@ jobs -p | xargs -r kill # a second warning that is due
 job="${SLURM_ARRAY_JOB_ID:-$SLURM_JOB_ID}${SLURM_ARRAY_TASK_ID:+_$SLURM_ARRAY_TASK_ID}"
 if [ "$status" = 138 ] || [ "$status" = 143 ]; then
     for _ in 1 2 3; do # the controller may be busy
-        state=$(squeue --noheader --jobs="$job" --format='%T %r') && break || sleep 5
+        state=$(squeue --noheader --jobs="$job" --format='%T %r') && break
+        sleep 5
     done
     case $state in
         RUNNING* | *TimeLimit) scontrol requeue "$job" ;;

@@ -166,7 +166,7 @@ def test_only_what_is_open_is_submitted(place):
     done = place.type("my data.csv")
     assert (done.returncode, done.stderr) == (0, "")
     train, maps, rest = place.calls("sbatch")
-    assert (option(train, "array"), option(maps, "array")) == ("1", "1,3")
+    assert (option(train, "array"), option(maps, "array")) == ("1", "1,2,3")  # new weights, new maps
     assert not any("overlap.py" in word for word in rest)
     asked = [call for call in place.calls("python3") if "--status" in call]
     assert [Path(call[0]).name for call in asked] == ["train_cv.py", "heatmap.py"]

@@ -16,13 +16,13 @@ import pandas as pd
 import torch
 from sklearn.model_selection import StratifiedKFold, train_test_split
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset, Subset
+from torch.utils.data import Dataset, Subset
 
 import utils
 from internals import caches, nifti, storage, tables
 from internals.caches import Cache
 from internals.errors import InputError, blaming
-from internals.loading import Loader, ReadAhead, leave_signals
+from internals.loading import Batches, Loader, ReadAhead
 from internals.nifti import Grid
 
 COLUMNS = ["path", "label", "subject"]
@@ -473,13 +473,12 @@ class ScanDataset(Dataset):
         """
         chosen = Subset(self, indices)
         ahead = device.type == "cuda" and not self.on_gpu
-        order = DataLoader(
+        order = Batches(
             range(len(indices)) if ahead else chosen,  # type: ignore[arg-type]
             batch,
             shuffle=seed is not None,
             generator=None if seed is None else torch.Generator().manual_seed(seed),
             num_workers=0 if ahead or self.in_memory else workers,
-            worker_init_fn=leave_signals,
         )
         return ReadAhead(order, chosen, workers, device) if ahead else order
 

@@ -317,7 +317,7 @@ def main(argv: list[str] | None = None) -> int:
     with tempfile.TemporaryDirectory() as name:
         top = Path(name)
         cohort, disturbed, plain = top / "cohort", top / "a run", top / "plain run"
-        simulate.main(["--outpath", str(cohort), "--subjects", "16"])
+        simulate.main(["--outpath", str(cohort), "--subjects", "12"])
         disturbed.mkdir()
         plain.mkdir()
         with running_slurm(top) as slurm, contextlib.chdir(disturbed):

@@ -6,6 +6,7 @@ import signal
 from collections import deque
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -53,13 +54,21 @@ class ReadAhead:
         return torch.stack(volumes, out=batch), torch.tensor(labels)
 
 
+class Batches(DataLoader):
+    """A DataLoader whose processes leave signals, which may go to all, to the one that they read for.
+
+    They have them blocked from their first moment on, as they take over what is blocked here meanwhile.
+    """
+
+    def __iter__(self) -> Any:
+        before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT, *process.STOPPING})
+        try:
+            return super().__iter__()
+        finally:
+            signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
 Loader = DataLoader | ReadAhead
-
-
-def leave_signals(_: int) -> None:
-    """Leave signals that end a command, which may go to all processes, to the one that this one reads for."""
-    for name in (signal.SIGINT, *process.STOPPING):
-        signal.signal(name, signal.SIG_IGN)
 
 
 @atexit.register

@@ -232,7 +232,7 @@ def test_record(done, run, csv):
     expected |= {"csv_sha256": storage.file_sha256(csv), "versions": storage.package_versions()}
     trained = json.loads((run / "run.json").read_text())
     expected |= {name: trained[name] for name in ("grid", "scans_sha256", "folds_sha256")}
-    others = {"C_per_fold", "intercept_per_fold", "finished"}
+    others = {"C_per_fold", "intercept_per_fold", "finished", "parts"}
     assert {name: record[name] for name in record.keys() - others} == expected
     assert all(list(record[name]) == ["0", "1", "2"] for name in ("C_per_fold", "intercept_per_fold"))
 
@@ -309,7 +309,7 @@ def test_memory_does_not_grow_with_the_number_of_scans(tmp_path, monkeypatch):
     monkeypatch.setattr(voxelwise, "HELD", 8 * np.prod(shape))
     monkeypatch.setattr(voxelwise, "CHUNK", 1000)
     in_threads = utils.in_threads  # one thread: scans that are being decoded take memory too
-    monkeypatch.setattr(utils, "in_threads", lambda work, items, *_: in_threads(work, items, threads=1))
+    monkeypatch.setattr(utils, "in_threads", lambda work, items, *_, **__: in_threads(work, items, threads=1))
     peaks = []
     for n in (20, 20, 50):  # the first call warms up
         folder = tmp_path / f"{n}-{len(peaks)}"

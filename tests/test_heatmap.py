@@ -441,14 +441,10 @@ def test_parts_make_what_one_process_makes(maps, lively_run, tmp_path, capsys):
     assert same_files(tmp_path / "LRP", maps)
 
 
-def test_more_parts_than_scans(maps, lively_run, tmp_path, capsys):
-    most = max(
-        len(runs.find_run(lively_run, None, None, None).cohort.scan_indices(f, "test")) for f in range(K)
-    )
-    for part in range(1, most + 2):
-        assert again(lively_run, tmp_path / "LRP", "--part", f"{part}/{most + 1}") == 0
+def test_more_parts_than_scans(lively_run, tmp_path, capsys):
+    assert again(lively_run, tmp_path / "LRP", "--part", "99/99", "--run-folds", "1") == 0
     assert "LRP fold 1: no scan is left for this part" in capsys.readouterr().out
-    assert same_files(tmp_path / "LRP", maps)
+    assert "sums_f1-99of99.npz" in contents(tmp_path / "LRP")
 
 
 def test_processes_of_torchrun_share_the_scans(maps, lively_run, tmp_path, monkeypatch, counted):

@@ -239,13 +239,16 @@ def test_saved_progress_is_gone_on_from(tmp_path, done, batch):
 
     whole = {name: Progress() for name in toys}
     assert len(explain_from(0, slice(N), whole)) == 2 * N
-    first = {name: Progress() for name in toys}
+    first, further = ({name: Progress() for name in toys} for _ in range(2))
     explain_from(0, slice(done), first)
+    explain_from(0, slice(min(done + 1, N)), further)  # which may end within a batch
     first["behind"].save(tmp_path / "a.npz")
-    again = {"behind": Progress.load(tmp_path / "a.npz", CASE.grid, N), "ahead": whole["ahead"]}
-    assert sorted(explain_from(done, slice(N), again)) == [("behind", n) for n in range(done, N)]
-    assert np.array_equal(again["behind"].means.mean(), whole["behind"].means.mean())
-    pd.testing.assert_frame_equal(again["behind"].found, whole["behind"].found, rtol=1e-12)
+    again = {"behind": Progress.load(tmp_path / "a.npz", CASE.grid, N), "ahead": further["ahead"]}
+    left = [("ahead", n) for n in range(done + 1, N)] + [("behind", n) for n in range(done, N)]
+    assert sorted(explain_from(done, slice(N), again)) == left
+    for name, found in again.items():
+        assert np.array_equal(found.means.mean(), whole[name].means.mean())
+        pd.testing.assert_frame_equal(found.found, whole[name].found, rtol=1e-12)
 
 
 def test_damaged_progress_is_named(tmp_path):

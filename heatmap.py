@@ -417,7 +417,8 @@ def report(results: ResultFolder) -> None:
     sums = f"; residual of the sums: median {residual.median():.2g}, worst {residual.max():.2g}"
     print(f"{results.path.name}: {len(subjects)} scans explained{'' if residual.empty else sums}")
     counts = ", ".join(f"{flags.sum()} of {len(flags)} in fold {fold}" for fold, flags in zero)
-    print(f"maps that are zero everywhere: {counts}")
+    if counts:
+        print(f"maps that are zero everywhere: {counts}")
     if unfinished:
         print(f"not explained yet, or with other weights: folds {unfinished}")
     else:

@@ -38,7 +38,7 @@ from internals import devices, nifti, process, sharing, storage, tables
 from internals.caches import Cache
 from internals.errors import InputError, blaming
 from internals.results import Files, ResultFolder, states_of
-from internals.sharing import WHOLE, Share
+from internals.sharing import Share
 from methods import METHODS, Method
 from models import CNN3d
 from runs import Run
@@ -204,17 +204,18 @@ class FoldMaps:
     @property
     def share(self) -> Share:
         """Which of every fold's test scans are explained."""
-        return self.results.share or WHOLE
+        return self.results.division
 
     def progress(self, fold: int, share: Share | None = None) -> Progress:
         """What was found of this share, or of another one, so far."""
         share = share or self.share
-        file, rows = self._progress_file(fold, share), share.deal(self.cohort.scan_indices(fold, "test"))
+        file = self.results.progress_file(fold, share)
+        rows = share.deal(self.cohort.scan_indices(fold, "test"))
         return Progress.load(file, self.cohort.grid.shape, len(rows)) if file.exists() else Progress()
 
     def save(self, fold: int, progress: Progress) -> None:
         """Save what was found of this share."""
-        progress.save(self._progress_file(fold, self.share))
+        progress.save(self.results.progress_file(fold, self.share))
 
     def finish(self, fold: int, device: torch.device) -> None:
         """Finish this share of a fold; after the last, write the mean maps and the rows of all scans."""
@@ -222,11 +223,10 @@ class FoldMaps:
             if about is None:
                 return
             means, rows = MeanMaps(), []
-            for number in range(1, self.share.of + 1):
-                share = Share(number, self.share.of)
+            for share in self.share.all():
                 part, dealt = self.progress(fold, share), share.deal(self.cohort.scan_indices(fold, "test"))
                 if len(part.found) < len(dealt):
-                    file = self._progress_file(fold, share)
+                    file = self.results.progress_file(fold, share)
                     raise InputError(f"{file}: lacks scans; remove it to explain them again")
                 means.merge(part.means)
                 rows.append(part.found.set_index(pd.Index(dealt)))
@@ -239,9 +239,6 @@ class FoldMaps:
             table = pd.concat([known, found], axis=1)[SUBJECT_COLUMNS]
             update_subjects(self.results.path, [fold], table)
             about |= facts(table, device)
-
-    def _progress_file(self, fold: int, share: Share) -> Path:
-        return self.results.path / FILES.progress[0].format(fold, share.suffix)
 
     def average(self, model: str, background: np.ndarray) -> None:
         """Write the mean of the fold means, those of the groups, the mean scan, and the picture of all."""

@@ -37,7 +37,6 @@ from internals import devices, process, sharing, storage
 from internals.caches import Cache
 from internals.errors import InputError, blaming
 from internals.results import Files, ResultFolder, states_of
-from internals.sharing import WHOLE, Share
 from methods import METHODS
 from overlap_scores import floor_of
 from runs import TrainedNetworks
@@ -246,11 +245,6 @@ def check_part(folder: Path, fold: int) -> None:
         raise InputError(f"{file}: is not as it was written; --overwrite starts again")
 
 
-def progress_file(folder: Path, fold: int, share: Share) -> Path:
-    """The findings of a share of a fold's scans."""
-    return folder / FILES.progress[0].format(fold, share.suffix)
-
-
 def check_scans(panel: Panel, fold: int, rows: list[int], file: Path) -> None:
     """Check test scans of a fold, but for those whose findings are in the file; add theirs."""
     found = read_findings(file)
@@ -265,23 +259,22 @@ def check_scans(panel: Panel, fold: int, rows: list[int], file: Path) -> None:
         storage.write_csv(found, file)
 
 
-def finish_fold(
+def check_fold(
     panel: Panel,
     fold: int,
     rows: list[int],
     scans_alone: Mapping[str, list[Magnitudes]],
     results: ResultFolder,
 ) -> None:
-    """Finish a share of a fold; where it is the last, write the findings of all its scans."""
-    share = results.share or WHOLE
+    """Check a share of a fold's scans; where it is the last, write the findings of all."""
+    if not results.is_share_done(fold):
+        check_scans(panel, fold, results.division.deal(rows), results.progress_file(fold, results.division))
     with results.finish_share(fold) as about:
         if about is None:
             return
-        shares = [Share(number, share.of) for number in range(1, share.of + 1)]
-        tables = [read_findings(progress_file(results.path, fold, each)) for each in shares]
-        found = pd.concat(
-            [table for table in tables if len(table)]
-        )  # an empty one would make whole numbers real
+        tables = [read_findings(results.progress_file(fold, share)) for share in results.division.all()]
+        # an empty one would make whole numbers real
+        found = pd.concat([table for table in tables if len(table)])
         place = {panel.cohort.table["path"][row]: number for number, row in enumerate(rows)}
         found = found.sort_values("scan", key=lambda scans: scans.map(place), kind="stable")
         others = [compare_folds(name, maps, fold) for name, maps in scans_alone.items()]
@@ -379,9 +372,7 @@ def main(argv: list[str] | None = None) -> int:
             utils.say_kept(chosen, missing)
             for fold in missing:
                 rows = choose_scans(cohort, fold, args.scans_per_fold, args.seed)
-                if not results.is_share_done(fold):
-                    check_scans(panel, fold, share.deal(rows), progress_file(folder, fold, share))
-                finish_fold(panel, fold, rows, scans_alone, results)
+                check_fold(panel, fold, rows, scans_alone, results)
             report(results, cohort.k, args.seed)
     return 0
 

@@ -118,13 +118,11 @@ def _termination() -> Iterator[None]:
     def handler(number: int, frame: object) -> None:
         if _Steps.under_way and _Steps.signal is None:
             _Steps.signal = number
-            name = signal.Signals(number).name
-            with contextlib.suppress(
-                OSError
-            ):  # not by print, which the signal may have come in the middle of
-                os.write(
-                    2, f"{name}: this step is finished and saved first; again ends it at once\n".encode()
-                )
+            said = (
+                f"{signal.Signals(number).name}: this step is finished and saved first; again ends it at once"
+            )
+            with contextlib.suppress(OSError):  # not by print, which the signal may have interrupted
+                os.write(2, f"{said}\n".encode())
             return
         signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # PyTorch's raises where a reading process ends with us
         raise Terminated(number)

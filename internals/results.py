@@ -42,12 +42,11 @@ class Files:
 
     def of(self, part: PartKey) -> list[str]:
         """Patterns of all that a part may consist of; "*" for any part."""
-        made = [name.format(part) for name in (*self.part, *self.beside)]
-        return made + self.progress_of(part, "") + self.progress_of(part, "-*")
+        return [name.format(part) for name in (*self.part, *self.beside)] + self.progress_of(part)
 
-    def progress_of(self, part: PartKey, suffix: str) -> list[str]:
-        """Patterns of what a share of a part goes on from."""
-        return [name.format(part, suffix) for name in self.progress]
+    def progress_of(self, part: PartKey, *suffixes: str) -> list[str]:
+        """Patterns of what a part goes on from: of the shares of some suffixes, or of any."""
+        return [name.format(part, suffix) for name in self.progress for suffix in suffixes or ("", "-*")]
 
     def of_all(self) -> list[str]:
         """Patterns of all that is ever written; the record last."""
@@ -80,6 +79,15 @@ class ResultFolder:
     overwrite: bool = False
     implied: Mapping[str, Any] = field(default_factory=dict)
     share: Share | None = None
+
+    @property
+    def division(self) -> Share:
+        """The share of every chosen part that this call works on, which may be the whole."""
+        return self.share or WHOLE
+
+    def progress_file(self, part: PartKey, share: Share) -> Path:
+        """What a share of a part goes on from."""
+        return self.path / self.files.progress_of(part, share.suffix)[0]
 
     # Before any work ----------------------------------------------------------------------------
 
@@ -164,19 +172,16 @@ class ResultFolder:
     def _take(self, part: PartKey, stack: contextlib.ExitStack) -> None:
         """Hold a part, or this call's share of it; InputError where somebody else does."""
         busy = f"{self.path}: another process is at work on {_name(part)}"
-        others = [lock for lock, share in self._locks(part).items() if share.of != self._division.of]
+        others = [lock for lock, share in self._locks(part).items() if share.of != self.division.of]
         if any(storage.is_held(lock) for lock in others):
             raise InputError(f"{busy}, divided otherwise")
         try:
-            stack.enter_context(storage.locked(self._lock(part, self._division), wait=False))
+            stack.enter_context(storage.locked(self._lock(part, self.division), wait=False))
         except BlockingIOError as problem:
             raise InputError(busy) from problem
 
-    @property
-    def _division(self) -> Share:
-        return self.share or WHOLE
-
     def _lock(self, part: PartKey, share: Share) -> Path:
+        """The lock file of a share of a part."""
         own = "" if share == WHOLE else f"_part_{share.number}_of_{share.of}"
         return self.path / f"{LOCK}-{_name(part).replace(' ', '_')}{own}"
 
@@ -193,7 +198,7 @@ class ResultFolder:
         """Tidy up, remove what is to be made anew, write the record; returns the unfinished parts."""
         found, files = self._find(), self.files
         if self.overwrite and self.chosen is None:  # an earlier run may have had more parts
-            others = set(self.path.glob(f"{LOCK}-*")) - {self._lock(part, self._division) for part in chosen}
+            others = set(self.path.glob(f"{LOCK}-*")) - {self._lock(part, self.division) for part in chosen}
             if any(storage.is_held(lock) for lock in others):
                 raise InputError(f"--overwrite: another process is at work in {self.path}")
             for lock in others:  # of processes that died
@@ -201,7 +206,7 @@ class ResultFolder:
         kept = self._kept(found)
         missing = [part for part in chosen if part not in kept]
         joined, shares = self._divide(found, missing, kept) if self.share else ([], {})
-        alone = [part for part in chosen if self._division == WHOLE or part not in joined]
+        alone = [part for part in chosen if self.division == WHOLE or part not in joined]
         shared = [*files.summary, *files.shared, files.record]
         leftovers = [name for part in alone for name in files.of(part)]
         storage.remove_leftovers(self.path, [*leftovers, *self._overwritten(), *shared])
@@ -209,7 +214,7 @@ class ResultFolder:
         goes_on = joined if self.share else missing  # from what progress there is
         stale = [part for part in chosen if part not in goes_on]
         # before the record says what it will be made from
-        storage.remove(self.path, [n for p in stale for s in ("", "-*") for n in files.progress_of(p, s)])
+        storage.remove(self.path, [name for part in stale for name in files.progress_of(part)])
         struck = [*missing, SUMMARY] if missing or SUMMARY not in kept else []
         record = {"versions": storage.package_versions(), **found, **about, **self.identity}
         record[PARTS] = list(self.parts)
@@ -237,9 +242,9 @@ class ResultFolder:
         shares = {key: of for key, of in self._shares(found).items() if key not in map(str, kept)}
         joined = []
         for part in missing:
-            now = {"of": self._division.of, DONE: [], "from": dict(self.made_from.get(part, {}))}
+            now = self._undone(part)
             # an earlier version, which did not divide, did not say so
-            before = shares.get(str(part), now if self._division == WHOLE and not now["from"] else None)
+            before = shares.get(str(part), now if self.division == WHOLE and not now["from"] else None)
             if before and not self.overwrite and {**before, DONE: []} == now:
                 joined.append(part)
                 shares[str(part)] = before
@@ -248,9 +253,13 @@ class ResultFolder:
             shares[str(part)] = now
         return joined, shares
 
+    def _undone(self, part: PartKey) -> dict[str, Any]:
+        """How a record says that a part is divided as this call does it, and no share is done."""
+        return {"of": self.division.of, DONE: [], "from": dict(self.made_from.get(part, {}))}
+
     def _begin_anew(self, part: PartKey, before: dict[str, Any] | None, now: dict[str, Any]) -> None:
         """Raise InputError where others are at work on a part, or finished shares of it would be lost."""
-        others = set(self._locks(part)) - {self._lock(part, self._division)}
+        others = set(self._locks(part)) - {self._lock(part, self.division)}
         if any(storage.is_held(lock) for lock in others):
             raise InputError(f"{self.path}: another process is at work on {_name(part)} of other weights")
         if not before or self.overwrite:
@@ -283,7 +292,7 @@ class ResultFolder:
         """Whether this call's share of a part is done, or the whole part is."""
         record = self._read()
         division = self._shares(record).get(str(part))
-        done = division is not None and self._division.number in self._done(part, division)
+        done = division is not None and self.division.number in self._done(part, division)
         return done or part in self._kept(record)
 
     @contextlib.contextmanager
@@ -300,23 +309,22 @@ class ResultFolder:
                 yield None
                 return
             shares = self._shares(record)
-            division = shares.setdefault(str(part), {"of": self._division.of, DONE: [], "from": {}})
+            division = shares.setdefault(str(part), self._undone(part))
             done = self._done(part, division)
-            division[DONE] = sorted({*done, self._division.number})
+            division[DONE] = sorted({*done, self.division.number})
             storage.write_json(_with_shares(record, shares), self.path / self.files.record)
-            facts: dict[str, Any] | None = {} if len(division[DONE]) == self._division.of else None
+            facts: dict[str, Any] | None = {} if len(division[DONE]) == self.division.of else None
             yield facts
             if facts is not None:
                 self._enter(part, {**self.made_from.get(part, {}), **facts})
                 storage.remove_leftovers(self.path, self.files.of(part))
-                names = [*self.files.progress_of(part, ""), *self.files.progress_of(part, "-*")]
-                storage.remove(self.path, names)
+                storage.remove(self.path, self.files.progress_of(part))
 
     def finish(self, part: PartKey, **facts: Any) -> None:
         """Say in the record that a part is finished, its files being there, and what is to be known of it."""
         with self.locked():
             self._enter(part, {**self.made_from.get(part, {}), **facts})
-        storage.remove(self.path, self.files.progress_of(part, ""))
+        storage.remove(self.path, self.files.progress_of(part))
 
     @contextlib.contextmanager
     def summary(self) -> Iterator[bool]:
@@ -412,12 +420,9 @@ def states_of(path: Path, files: Files) -> dict[str, str]:
     record = storage.read_json(path / files.record)
     with blaming(path / files.record):
         before = [part for part in storage.entry({FINISHED: []} | record, FINISHED, list) if part != SUMMARY]
-        parts = storage.entry({PARTS: before} | record, PARTS, list, _are_names)  # earlier versions: unsaid
+        names = {PARTS: before} | record  # an earlier version does not say which parts there are
+        parts = storage.entry(names, PARTS, list, lambda parts: all(isinstance(p, int | str) for p in parts))
     return ResultFolder(path, files, parts, {}).states()
-
-
-def _are_names(parts: list[Any]) -> bool:
-    return all(isinstance(part, PartKey) for part in parts)
 
 
 def _with_shares(record: Mapping[str, Any], shares: Mapping[str, Any]) -> dict[str, Any]:

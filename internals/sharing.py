@@ -23,6 +23,10 @@ class Share(NamedTuple):
         """This share of some items: every `of`-th, so that what is slow to one side is spread over all."""
         return list(items[self.number - 1 :: self.of])
 
+    def all(self) -> list["Share"]:
+        """This share and the others."""
+        return [Share(number, self.of) for number in range(1, self.of + 1)]
+
     def within(self, outer: "Share") -> "Share":
         """This share of another one, as a share of the whole."""
         return Share((outer.number - 1) * self.of + self.number, outer.of * self.of)

@@ -6,6 +6,7 @@
 # make device DEVICE=0  what a device computes, against float64 on the CPU, and whether it waits for scans
 # make slopes     how time and memory grow with subjects, steps and voxels, and the comparison at 1 mm, about 25 minutes
 # make rows       what a list of 40,000 scans takes every command before its first scan of work, about 10 minutes
+# make new-scans  after the demo: people that its networks never saw, and scans that are not what they should be
 # make torture    kills training, maps, their checks and a job array at random moments, and compares
 # make sharing    torchrun and parts against a single process each: every file
 # make test       all tests
@@ -23,7 +24,7 @@ SEED := 0
 COHORT = --subjects 80 --voxel 2 --severity 2 --seed $(SEED)
 TRAIN := --model modelB8 --lr 1e-3 --wd 1e-3 --batch 4 --epochs 16 --patience 12
 METHODS := LRP GGC IG Gradient SmoothGrad
-.PHONY: demo demo-null demo-floors demo-sanity bench bench-quick device slopes rows torture sharing test slurm-test fuzz lint clean
+.PHONY: demo demo-null demo-floors demo-sanity bench bench-quick device slopes rows new-scans torture sharing test slurm-test fuzz lint clean
 
 # maps of trained or untrained networks: $(call maps,folder of the networks,trained or random,methods,options)
 maps = $(PY) heatmap.py --method $3 --weights $2 --modelpath $1 --outpath $(DEMO)/heatmaps --overwrite $4
@@ -77,6 +78,9 @@ slopes: .venv/run
 
 rows: .venv/run
 	$(PY) bench/rows.py
+
+new-scans: .venv/run
+	$(PY) bench/new_scans.py --modelpath $(DEMO)/models --cohort $(DEMO)/cohort
 
 torture: .venv/run
 	$(PY) bench/torture.py

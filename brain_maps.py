@@ -7,10 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import nibabel as nib
 import numpy as np
-from nilearn.image import resample_img
-from nilearn.image.resampling import BoundingBoxError
 
 import utils
 from internals import nifti, storage
@@ -166,7 +163,7 @@ def read_reference(file: Path, threshold: float, brain: np.ndarray, grid: Grid) 
     mismatch = own.mismatch(grid, "the first map")
     if mismatch:
         print(f"{file}: {mismatch}; resampled to the maps' grid, nearest voxel")
-        pair = _resample(pair, own.affine, grid)
+        pair = nifti.resample(pair, own.affine, grid, "nearest")
     reference, seen = pair[brain].T > 0  # (V,) each
     if not seen.any():
         raise InputError(f"--reference {file}: its field of view does not meet the mask's")
@@ -180,18 +177,6 @@ def read_reference(file: Path, threshold: float, brain: np.ndarray, grid: Grid) 
     if not seen.all():
         print(f"{file}: {(~seen).mean():.1%} of the mask lies outside its field of view, taken as not in it")
     return reference
-
-
-def _resample(values: np.ndarray, affine: np.ndarray, like: Grid) -> np.ndarray:
-    """Bring (X, Y, Z, N) values onto another grid by nearest voxel; 0 outside their field of view."""
-    # Zeros around, as for nilearn the field of view ends at the centres of the outermost voxels.
-    padded = np.pad(values, [(1, 1), (1, 1), (1, 1), (0, 0)])
-    image = nib.Nifti1Image(padded, affine @ nib.affines.from_matvec(np.eye(3), [-1, -1, -1]))
-    options = {"interpolation": "nearest", "force_resample": True, "copy_header": True}
-    try:
-        return resample_img(image, like.affine, like.shape, **options).get_fdata()
-    except BoundingBoxError:  # raised on some sides only
-        return np.zeros((*like.shape, values.shape[-1]))
 
 
 def unmask(values: np.ndarray, mask: np.ndarray) -> np.ndarray:

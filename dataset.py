@@ -9,7 +9,7 @@ import os
 from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 import numpy as np
 import pandas as pd
@@ -26,6 +26,7 @@ from internals.loading import Batches, Loader, ReadAhead
 from internals.nifti import Grid
 
 COLUMNS = ["path", "label", "subject"]
+UNKNOWN = -1  # the label of a scan that has none
 CPU = torch.device("cpu")
 SCALING = "min-max, float32"
 SAMPLE = 2**12  # bytes
@@ -49,11 +50,13 @@ class Checked:
         grid: the shape and affine of all.
         scans_sha256: what tells their content from another, from `scans_digest`.
         mark: stands for that, and for each file's name, size and time before it was looked at.
+        resampled: whether scans that lie elsewhere are brought onto the grid when they are read.
     """
 
     grid: Grid
     scans_sha256: str
     mark: str
+    resampled: bool = False
 
 
 @dataclass(frozen=True)
@@ -137,9 +140,10 @@ class Cohort:
         """
         shape = (len(self.table), *self.grid.shape)
         chosen = self.table if rows is None else self.table.loc[list(rows)]
-        read = functools.partial(_decode_all, chosen, max(threads, 1))
-        key = _cache_key(self.table, self.grid)
-        return ScanDataset(self.table, cache.fill(shape, key, read, len(chosen)))
+        onto = self.grid if self.checked.resampled else None
+        read = functools.partial(_decode_all, chosen, max(threads, 1), onto)
+        key = _cache_key(self.table, self.grid, onto)
+        return ScanDataset(self.table, cache.fill(shape, key, read, len(chosen)), onto)
 
 
 def new_cohort(
@@ -158,39 +162,48 @@ def new_cohort(
 # The CSV -----------------------------------------------------------------------------------------
 
 
-def read_csv(path: Path) -> pd.DataFrame:
+def read_csv(path: Path, labelled: bool = True) -> pd.DataFrame:
     """Read the list of scans.
 
     Args:
         path: a CSV without a header (path, label), or with one naming path, label and optionally
             subject. Relative paths are relative to the CSV's folder; ~ is expanded.
+        labelled: whether every scan must have a label; else the column may be missing, or cells blank.
 
     Returns:
-        One row per scan, in the CSV's order: path (str, as written), label (0 or 1), subject (str;
+        One row per scan, in the CSV's order: path (str, as written), label (0, 1 or UNKNOWN), subject (str;
         the path where there is no such column) and file (absolute Path).
 
     Raises:
         InputError: the file cannot be read as such a table, or is larger than any such.
     """
     with blaming(path):
-        return _check_rows(_read_cells(path), path)
+        return _check_rows(_read_cells(path, labelled), path, labelled)
 
 
-def _read_cells(file: Path) -> pd.DataFrame:
+def as_written(table: pd.DataFrame) -> pd.DataFrame:
+    """A table as files have it: labels that are not known are blank."""
+    known = table["label"] != UNKNOWN
+    return table if known.all() else table.assign(label=table["label"].astype("Int64").where(known))
+
+
+def _read_cells(file: Path, labelled: bool) -> pd.DataFrame:
     """Path, label and subject of every row, as text; the index is the row's number, from 1."""
     if storage.file_size(file, "CSV") > CSV_SIZE:
         raise InputError(f"is larger than {CSV_SIZE >> 20} MiB; expected a list of scans")
     rows = tables.read_rows(file)
     first = next(rows, [])
     header = [name.strip().lower() for name in first]
-    named = "path" in header or "label" in header
-    if named and not ({"path", "label"} <= set(header) and len(set(header)) == len(header)):
-        raise InputError(f"the header needs 'path' and 'label', once each; it has {header}")
+    named, needed = "path" in header or "label" in header, COLUMNS[: 2 if labelled else 1]
+    if named and not (set(needed) <= set(header) and len(set(header)) == len(header)):
+        wanted = " and ".join(f"'{name}'" for name in needed)
+        raise InputError(f"the header needs {wanted}, once each; it has {header}")
     if not first:
         raise InputError("holds no scans")
-    if not named and len(header) != 2:
-        raise InputError(f"expected two columns (path, label), or a header; found {len(header)} of them")
-    names = header if named else COLUMNS[:2]
+    if not named and not len(needed) <= len(header) <= 2:
+        wanted = "two columns (path, label)" if labelled else "one column (path) or two (path, label)"
+        raise InputError(f"expected {wanted}, or a header; found {len(header)} of them")
+    names = header if named else COLUMNS[: len(header)]
     cells: dict[str, list[str]] = {name: [] for name in COLUMNS if name in names}
     places = [names.index(name) for name in cells]
     number = 1
@@ -203,16 +216,19 @@ def _read_cells(file: Path) -> pd.DataFrame:
     if not cells["path"]:
         raise InputError("holds no scans")
     table = pd.DataFrame(cells, index=range(1 + named, number + 1), dtype=str)
-    return table if "subject" in table else table.assign(subject=table["path"])
+    table = table if "label" in table else table.assign(label="")
+    table = table if "subject" in table else table.assign(subject=table["path"])
+    return table[COLUMNS]
 
 
-def _check_rows(table: pd.DataFrame, csv: Path) -> pd.DataFrame:
+def _check_rows(table: pd.DataFrame, csv: Path, labelled: bool) -> pd.DataFrame:
     """Check every cell, turn labels into integers and add the column `file`."""
-    for column in COLUMNS:
+    for column in COLUMNS if labelled else ("path", "subject"):
         for row in table.index[table[column] == ""]:
             raise InputError(f"row {row}: the {column} is blank")
-    for row in table.index[~table["label"].isin(["0", "1"])]:
+    for row in table.index[~table["label"].isin(["0", "1"] if labelled else ["0", "1", ""])]:
         raise InputError(f"row {row}: label '{table['label'][row]}' is not 0 or 1")
+    table = table.assign(label=table["label"].replace("", str(UNKNOWN)))
     files = [_locate(path, csv.parent, row) for row, path in table["path"].items()]
     table = table.assign(label=table["label"].astype(int), file=pd.Series(files, table.index, dtype=object))
     for row in table.index[table["file"].duplicated()]:
@@ -229,6 +245,20 @@ def _locate(path: str, folder: Path, row: Hashable) -> Path:
 
 
 # Scans -------------------------------------------------------------------------------------------
+
+
+def check_new_scans(table: pd.DataFrame, like: Grid | None, resample: bool) -> Checked:
+    """Check scans that are not those of a run.
+
+    Args:
+        like: the grid of the run's scans, where it is known.
+        resample: whether they may lie elsewhere, and are brought onto that grid when they are read.
+
+    Raises:
+        InputError: as `check_grid`.
+    """
+    grid = check_grid(table, like, resample)
+    return Checked(grid, scans_digest(table), "", resample)
 
 
 def check_scans(table: pd.DataFrame, record: Mapping[str, Any]) -> Checked:
@@ -290,14 +320,23 @@ def _look(work: Callable[[int], Result], count: int, name: str) -> Iterator[Resu
         yield from itertools.chain.from_iterable(found)
 
 
-def check_grid(table: pd.DataFrame) -> Grid:
+def check_grid(table: pd.DataFrame, like: Grid | None = None, anywhere: bool = False) -> Grid:
     """Read every header: all scans must be 3D, real, and share one shape and one affine.
+
+    Args:
+        like: the grid that they must lie on, that of a run's scans; by default the first scan's.
+        anywhere: whether they may lie elsewhere after all.
+
+    Returns:
+        The first scan's grid; or `like`, where they may lie elsewhere.
 
     Raises:
         InputError: naming every scan that cannot be used, the first 20 in words.
     """
     files, problems = table["file"].tolist(), dict[int, str]()
     first: Grid | None = None
+    owner = "the first scan" if like is None else "the run"
+    advice = "" if like is None else "; --resample brings it there, as nilearn's resample_to_img does"
 
     def look(row: int) -> Grid | str:
         try:
@@ -308,18 +347,34 @@ def check_grid(table: pd.DataFrame) -> Grid:
     for row, found in enumerate(_look(look, len(files), "headers")):
         if isinstance(found, Grid):
             first = first or found
-            found = found.mismatch(first, "the first scan")
+            mismatch = found.mismatch(like or first, owner)
+            found = f"{mismatch}{advice}" if mismatch and not anywhere else ""
         if found:
             problems[row] = found
     if problems and len(table) <= caches.CHECKED_AHEAD:  # one report has what is wrong with voxels, too
-        problems |= _decode(table["file"].drop(list(problems)), lambda row, volume: None, utils.THREADS)
+        onto = like if anywhere else None
+        rest = table["file"].drop(list(problems))
+        problems |= _decode(rest, lambda row, volume: None, utils.THREADS, onto)
     _report(problems, table)
     assert first is not None
-    return first
+    return like if like is not None and anywhere else first
 
 
 def scans_digest(table: pd.DataFrame) -> str:
     """SHA-256 of 16 samples of every scan's file, wherever it lies: it tells when scans were made anew."""
+    digest = hashlib.sha256()
+    for samples in _samples(table):
+        digest.update(samples)
+    return digest.hexdigest()
+
+
+def scan_digests(table: pd.DataFrame) -> list[str]:
+    """SHA-256 of 16 samples of each scan's file: it tells a scan again under another name."""
+    return [hashlib.sha256(samples).hexdigest() for samples in _samples(table)]
+
+
+def _samples(table: pd.DataFrame) -> Iterator[bytes]:
+    """The size of every scan's file, and 16 samples of its content."""
     paths, files = table["path"].tolist(), table["file"].tolist()
 
     def sample(row: int) -> bytes:
@@ -334,14 +389,15 @@ def scans_digest(table: pd.DataFrame) -> str:
             raise InputError(f"{paths[row]}: cannot be read ({problem.strerror})") from problem
         return b"".join(samples)
 
-    digest = hashlib.sha256()
-    for samples in _look(sample, len(files), "samples"):
-        digest.update(samples)
-    return digest.hexdigest()
+    return _look(sample, len(files), "samples")
 
 
-def read_scan(file: Path) -> np.ndarray:
+def read_scan(file: Path, onto: Grid | None = None) -> np.ndarray:
     """Decode one scan and scale it to [0, 1] by its own minimum and maximum, as published.
+
+    Args:
+        onto: the grid that it is brought onto by linear interpolation where it lies elsewhere, 0 outside its
+            field of view; by default it stays where it is.
 
     Returns:
         float32 (X, Y, Z).
@@ -349,8 +405,13 @@ def read_scan(file: Path) -> np.ndarray:
     Raises:
         InputError: damaged file, voxels that are not finite, or a constant scan.
     """
-    values, _ = nifti.read_image(file)
+    values, own = nifti.read_image(file)
     low, high = values.min(), values.max()
+    if onto is not None and own.mismatch(onto, "the grid") and np.isfinite(low) and np.isfinite(high):
+        values = nifti.resample(values, own.affine, onto, "linear", fill=float(low))
+        if low < high and values.min() == values.max():
+            raise InputError("its field of view does not meet the run's grid")
+        low, high = values.min(), values.max()
     if not (np.isfinite(low) and np.isfinite(high)):
         raise InputError("has voxels that are NaN or infinite")
     if low == high:
@@ -370,18 +431,22 @@ def _report(problems: dict[int, str], table: pd.DataFrame) -> None:
         raise InputError(f"{len(problems)} of {len(table)} scans cannot be used: {'; '.join(lines)}{more}")
 
 
-def _decode_all(table: pd.DataFrame, threads: int, keep: Callable[[int, np.ndarray], None]) -> None:
+def _decode_all(
+    table: pd.DataFrame, threads: int, onto: Grid | None, keep: Callable[[int, np.ndarray], None]
+) -> None:
     """Decode every scan and hand row and volume to `keep`; InputError where any cannot be used."""
-    _report(_decode(table["file"], keep, threads), table)
+    _report(_decode(table["file"], keep, threads, onto), table)
 
 
-def _decode(files: pd.Series, keep: Callable[[int, np.ndarray], None], threads: int) -> dict[int, str]:
+def _decode(
+    files: pd.Series, keep: Callable[[int, np.ndarray], None], threads: int, onto: Grid | None = None
+) -> dict[int, str]:
     """Decode and check scans, and hand row and volume to `keep`; returns what is wrong with which rows."""
     problems: dict[int, str] = {}
 
     def decode(row: int) -> None:
         try:
-            volume = read_scan(files[row])
+            volume = read_scan(files[row], onto)
         except InputError as problem:
             problems[row] = str(problem)
             return
@@ -391,9 +456,11 @@ def _decode(files: pd.Series, keep: Callable[[int, np.ndarray], None], threads: 
     return problems
 
 
-def _cache_key(table: pd.DataFrame, grid: Grid) -> str:
+def _cache_key(table: pd.DataFrame, grid: Grid, onto: Grid | None) -> str:
     """A name for the decoded cohort that changes whenever a scan, the grid or the scaling does."""
     digest = hashlib.sha256(f"{SCALING} {grid.shape}".encode())
+    if onto is not None:
+        digest.update(f" {onto.record()}".encode())
     for state in _file_states(table):
         digest.update(f"\n{state}".encode())
     return digest.hexdigest()[:16]
@@ -403,13 +470,15 @@ class ScanDataset(Dataset):
     """The scans of a cohort as tensors; item i is (volume, label) of row i.
 
     volume: float32 (1, X, Y, Z) in [0, 1]; label: int. Cached scans are handed out as they lie there, not as
-    copies; others are decoded at every use.
+    copies; others are decoded at every use, and brought onto the grid `onto`, if there is one.
     """
 
-    def __init__(self, table: pd.DataFrame, cached: np.ndarray | Tensor | None = None) -> None:
+    def __init__(
+        self, table: pd.DataFrame, cached: np.ndarray | Tensor | None = None, onto: Grid | None = None
+    ) -> None:
         self.files = list(table["file"])
         self.labels = [int(label) for label in table["label"]]
-        self.cached = cached
+        self.cached, self.onto = cached, onto
 
     @property
     def in_memory(self) -> bool:
@@ -422,11 +491,13 @@ class ScanDataset(Dataset):
         return isinstance(self.cached, Tensor)
 
     def mean(self, rows: Sequence[int]) -> np.ndarray:
-        """Mean of some scans, float32 (X, Y, Z), read one at a time."""
-        total = self[rows[0]][0][0].to(torch.float64, copy=True)
-        for row in rows[1:]:
-            total += self[row][0][0]
-        return (total / len(rows)).float().cpu().numpy()
+        """Mean of some scans, float32 (X, Y, Z), added up one at a time."""
+        total = sum(volume[0, 0].double() for volume, _ in self.loader(list(rows), 1))
+        return (cast(Tensor, total) / len(rows)).float().cpu().numpy()
+
+    def volumes(self, rows: Sequence[int]) -> Iterator[np.ndarray]:
+        """Some scans, float32 (X, Y, Z), one at a time."""
+        yield from (volume[0, 0].cpu().numpy() for volume, _ in self.loader(list(rows), 1))
 
     def with_labels(self, labels: np.ndarray) -> "ScanDataset":
         """The same scans with other labels, (N,)."""
@@ -454,7 +525,7 @@ class ScanDataset(Dataset):
             volume = self.cached[i]
         else:
             with blaming(self.files[i]):
-                volume = read_scan(self.files[i])
+                volume = read_scan(self.files[i], self.onto)
         return torch.as_tensor(volume).unsqueeze(0), self.labels[i]
 
     def loader(

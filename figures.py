@@ -1,4 +1,4 @@
-"""The pictures: loss curves, maps over a scan, overlap with a reference."""
+"""The pictures: loss curves, reliability, maps over a scan, overlap with a reference."""
 
 import itertools
 from collections.abc import Mapping, Sequence
@@ -65,6 +65,30 @@ def draw_training(histories: list[pd.DataFrame], delta: float, path: Path) -> No
     axes[0][0].set_ylabel("cross-entropy")
     axes[0][0].set_ylim(bottom=0)  # shared, and set once all curves are there
     axes[0][-1].legend(frameon=False)
+    figure.tight_layout()
+    _save(figure, path, dpi=110)
+
+
+def draw_calibration(bins: Mapping[str, pd.DataFrame], path: Path) -> None:
+    """Reliability diagrams: how often the disease was there, against how probable it was called (PNG).
+
+    Args:
+        bins: `calibration.reliability`, by the words to write over each.
+        path: the PNG to write.
+    """
+    plt = _pyplot()
+    figure, axes = plt.subplots(1, len(bins), figsize=(4.2 * len(bins), 4.6), sharey=True, squeeze=False)
+    for axis, (words, table) in zip(axes[0], bins.items(), strict=True):
+        axis.plot([0, 1], [0, 1], color="0.6", linestyle=":", label="as often as it is said")
+        ends = [table["share"] - table["low"], table["high"] - table["share"]]
+        look = {"fmt": "o", "color": COLOURS[0], "capsize": 3, "label": "test scans, 95 % interval"}
+        axis.errorbar(table["prob_1"], table["share"], np.maximum(ends, 0), **look)
+        for prob_1, high, n in zip(table["prob_1"], table["high"], table["n"], strict=True):
+            axis.annotate(f"{n}", (prob_1, high), (0, 4), textcoords="offset points", ha="center", fontsize=8)
+        axis.set(title=words, xlabel="probability of label 1", xlim=(-0.04, 1.04), ylim=(-0.04, 1.1))
+        axis.spines[["top", "right"]].set_visible(False)
+    axes[0][0].set_ylabel("share of scans with label 1")
+    axes[0][0].legend(frameon=False, loc="upper left", fontsize=8)
     figure.tight_layout()
     _save(figure, path, dpi=110)
 

@@ -2,18 +2,19 @@
 
     python3 heatmap.py --method IG
     python3 heatmap.py --method LRP GGC SmoothGrad
+    python3 heatmap.py --method SmoothGrad --scans new.csv
 
 Explains each fold's test scans with that fold's weights; several methods share one pass over the scans. The
 CSV, the model and the folds come from the run record under --modelpath. A folder that holds only published
-state_dict_f*.pth files needs --path and --model; the published contiguous folds are used then. The same
-command again keeps the folds that are finished.
+state_dict_f*.pth files needs --path and --model; the published contiguous folds are used then. Other scans
+(--scans) are explained by all networks. The same command again keeps the folds that are finished.
 """
 
 import argparse
 import contextlib
 import re
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cache, partial
 from pathlib import Path
@@ -22,7 +23,9 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import torch
+from scipy.special import logit
 
+import calibration
 import dataset
 import explaining
 import figures
@@ -32,7 +35,7 @@ import runs
 import selfcheck
 import utils
 from brain_maps import GROUPS
-from dataset import Cohort, ScanDataset
+from dataset import UNKNOWN, Cohort, ScanDataset
 from explaining import TARGETS, Explainer, MeanMaps, Progress
 from internals import devices, nifti, process, sharing, storage, tables
 from internals.caches import Cache
@@ -51,6 +54,7 @@ FILES = Files(
         *(f"map_{group}_f{{}}.nii.gz" for group in GROUPS),
         "baseline_f{}.nii.gz",
         "subjects/f{}_*.nii.gz",
+        "subjects/[0-9]*",  # of all networks
     ],
     progress=["sums_f{}{}.npz"],
     summary=[
@@ -66,6 +70,9 @@ NETWORKS: dict[str, Callable[[runs.Run, int], runs.Networks]] = {
     "trained": lambda run, seed: runs.TrainedNetworks(run),
     "random": runs.UntrainedNetworks,
 }
+OUTPATH, NEW_OUTPATH = Path("heatmaps"), Path("heatmaps_new")
+NEW = "new"  # what map.json calls scans that are not the run's
+EACH = ("_mean.nii.gz", "_sd.nii.gz", ".png")  # what there is of each new scan
 STEM = 150  # characters of a scan's own name in its map's: with all that is added, a name has at most 255
 SUBJECT_COLUMNS = ["fold", *dataset.COLUMNS, *explaining.FOUND]
 
@@ -80,13 +87,17 @@ def get_parser() -> argparse.ArgumentParser:
     add("--path", type=Path, metavar="CSV", help="list of scans (default: the run's)")
     add("--modelpath", type=Path, default=Path("models"), metavar="DIR", help="output of train_cv.py")
     add("--model", help="family A-D and number of filters (default: the run's)")
-    add("--outpath", type=Path, default=Path("heatmaps"), metavar="DIR", help="maps go to DIR/METHOD")
+    words = f"maps go to DIR/METHOD (default: {OUTPATH}; with --scans {NEW_OUTPATH})"
+    add("--scans", type=Path, metavar="CSV", help="explain these scans, by all networks, not the run's own")
+    add("--resample", action="store_true", help=f"with --scans: {runs.RESAMPLE}")
+    add("--outpath", type=Path, metavar="DIR", help=words)
     add("--device", default="auto", help="GPU number, cpu, cuda:N, mps or auto")
     add("--fold", type=utils.bounded(int, at_least=2), help="number of folds (default: the run's, else 5)")
     add("--batch", type=whole, default=1, help="scans explained at once")
     add("--run-folds", type=number, nargs="+", metavar="I", help="only these folds")
     add("--part", type=sharing.parse_part, default="1/1", metavar="I/N", help=sharing.PART)
-    add("--target", choices=TARGETS, default="label", help="the logit to explain")
+    words = "the logit to explain (default: label; predicted where --scans have none)"
+    add("--target", choices=TARGETS, help=words)
     add(
         "--weights", choices=NETWORKS, default="trained", help="or untrained: maps to hold the others against"
     )
@@ -99,6 +110,50 @@ def get_parser() -> argparse.ArgumentParser:
 
 
 # Before any map ----------------------------------------------------------------------------------
+
+
+def open_run(
+    scans: Path | None,
+    csv: Path | None,
+    folder: Path,
+    model: str | None,
+    k: int | None,
+    resample: bool,
+) -> Run:
+    """The run, with its own scans or with new ones; InputError for none, or for options that contradict."""
+    if scans is None:
+        if resample:
+            raise InputError("--resample: is an option of --scans; a run's own scans lie on its grid")
+        return runs.find_run(folder, csv, model, k)
+    for name, value in (("--path", csv), ("--fold", k)):
+        if value is not None:
+            raise InputError(f"{name} {value}: is of the run's own scans, which --scans does not ask for")
+    return runs.find_run_for(scans, folder, model, resample)
+
+
+def check_apart(outpath: Path, run: Run) -> None:
+    """Raise InputError where maps of new scans would come to lie beside maps of others."""
+    for file in sorted(outpath.glob(f"*/{FILES.record}")):
+        try:
+            record = storage.read_json(file)
+        except InputError:  # said where it matters
+            continue
+        theirs = record.get("csv_sha256") if record.get("scans") == NEW else None
+        ours = run.cohort.identity["csv_sha256"] if run.new_scans else None
+        if theirs != ours:
+            whose = "other new scans" if theirs and ours else "new scans" if theirs else "a run's own scans"
+            name = file.parent.name
+            raise InputError(f"--outpath {outpath}: {name} there has maps of {whose}; choose another")
+
+
+def choose_target(target: str | None, table: pd.DataFrame) -> str:
+    """Which logit is explained; InputError where that is the label's, and a scan has none."""
+    unknown = int((table["label"] == UNKNOWN).sum())
+    if target == "label" and unknown:
+        raise InputError(
+            f"--target label: {unknown} of {len(table)} scans have no label; use predicted, 0 or 1"
+        )
+    return target or ("predicted" if unknown else "label")
 
 
 def map_options(name: str, given: dict[str, Any]) -> dict[str, Any]:
@@ -114,7 +169,10 @@ def choose_options(names: list[str], given: dict[str, Any], run: Run) -> dict[st
     for name in names:
         if names.count(name) > 1:
             raise InputError(f"--method: {name} is named twice")
+    if run.new_scans and given["weights"] == "random":
+        raise InputError("--weights random: needs the run's own scans, not --scans")
     methods.check_given(given, names)
+    given = given | {"target": choose_target(given["target"], run.cohort.table)}
     options = {name: map_options(name, given) for name in names}
     for name in names:
         methods.check_options(name, options[name], run.model, run.cohort.grid.voxel_sizes)
@@ -134,13 +192,16 @@ def result_folder(
     method, run = METHODS[name], networks.run
     path = outpath / f"{name}{method.suffix(options)}{networks.suffix}"
     identity = {"method": name, "options": options, "model": run.model, "folds": run.cohort.k}
-    made_from = {fold: {"weights_sha256": networks.digest(fold)} for fold in range(run.cohort.k)}
+    made_from = {fold: {"weights_sha256": networks.digest(fold)} for fold in run.folds}
     absent = [f"map_{g}.nii.gz" for g, label in GROUPS.items() if label not in set(run.cohort.table["label"])]
-    files = replace(FILES, summary=[file for file in FILES.summary if file not in absent])
+    summary = [file for file in FILES.summary if file not in absent]
+    if run.new_scans:
+        identity["scans"] = NEW
+        summary += [f"{own}{end}" for own in each_name(run.cohort).values() for end in EACH]
     return ResultFolder(
         path,
-        files,
-        range(run.cohort.k),
+        replace(FILES, summary=summary),
+        run.folds,
         identity | run.cohort.identity,
         made_from,
         only,
@@ -165,7 +226,7 @@ class FoldMaps:
 
     method: Method
     options: dict[str, Any]
-    cohort: Cohort
+    run: Run
     scans: ScanDataset
     results: ResultFolder
 
@@ -174,6 +235,16 @@ class FoldMaps:
         """That of the folder."""
         return self.results.path.name
 
+    @property
+    def cohort(self) -> Cohort:
+        """The scans that are explained."""
+        return self.run.cohort
+
+    @property
+    def keeps_each(self) -> bool:
+        """Whether the map of every scan and network is written; of new scans they are put together later."""
+        return self.options["save_subjects"] or self.run.new_scans
+
     @contextlib.contextmanager
     def begin(self, about: dict[str, Any], chosen: list[int]) -> Iterator[list[int]]:
         """Hold the chosen folds; yields those that are missing."""
@@ -181,7 +252,7 @@ class FoldMaps:
             utils.say_kept(chosen, missing, f"{self.name} ")
             with self.results.locked():  # another process may have finished one meanwhile
                 update_subjects(self.results.path, [f for f in missing if f in self.results.unfinished()])
-            if self.options["save_subjects"]:
+            if self.keeps_each:
                 storage.make_folder(self.results.path / "subjects")
             yield missing
 
@@ -190,7 +261,7 @@ class FoldMaps:
         own, grid = self.method.chosen(self.options), self.cohort.grid
         settings: dict[str, Any] = {"voxel_sizes": grid.voxel_sizes, "baseline": None}
         if own.get("baseline") == "controls":
-            mean = self.scans.mean(self.cohort.training_controls(fold))
+            mean = self.run.mean_controls(fold, self.scans)
             if self.share.number == 1:
                 self._save(mean, f"baseline_f{fold}")
             settings["baseline"] = torch.from_numpy(mean).to(next(model.parameters()).device)[None, None]
@@ -198,7 +269,7 @@ class FoldMaps:
 
     def keep(self, fold: int, row: int, values: np.ndarray) -> None:
         """Write the map of one scan, if asked to."""
-        if self.options["save_subjects"]:
+        if self.keeps_each:
             self._save(values, subject_name(fold, row, self.cohort.table["path"][row]))
 
     @property
@@ -240,19 +311,46 @@ class FoldMaps:
             update_subjects(self.results.path, [fold], table)
             about |= facts(table, device)
 
-    def average(self, model: str, background: np.ndarray) -> None:
+    def average(self, background: np.ndarray) -> None:
         """Write the mean of the fold means, those of the groups, the mean scan, and the picture of all."""
-        cohort, k = self.cohort, self.cohort.k
-        maps = {"all": self._mean({f"map_f{fold}": 1 for fold in range(k)})}
+        cohort, folds = self.cohort, self.run.folds
+        maps = {"all": self._mean({f"map_f{fold}": 1 for fold in folds})}
         for group, label in GROUPS.items():
-            counts = [int((cohort.labels(fold, "test") == label).sum()) for fold in range(k)]
-            if any(counts):
-                maps[group] = self._mean({f"map_{group}_f{fold}": n for fold, n in enumerate(counts) if n})
+            counts = {fold: int((cohort.labels(fold, "test") == label).sum()) for fold in folds}
+            if any(counts.values()):
+                maps[group] = self._mean({f"map_{group}_f{fold}": n for fold, n in counts.items() if n})
         for name, values in maps.items():
             self._save(values, f"map_{name}")
         self._save(background, "mean_scan")
-        title = f"{self.name}, {model}: mean of {k} folds, {len(cohort.table)} test scans"
+        of = f"{len(cohort.table)} {'new' if self.run.new_scans else 'test'} scans"
+        title = f"{self.name}, {self.run.model}: mean of {len(folds)} folds, {of}"
         figures.draw_map(maps, background, cohort.grid.affine, title, self.results.path / "map_all.png")
+
+    def explain_each(self) -> None:
+        """Write the mean of the networks' maps of every new scan, the standard deviation, and a picture."""
+        probable = probabilities(read_subjects(self.results.path), calibration.known_temperatures(self.run))
+        testers = {fold: set(self.cohort.scan_indices(fold, "test")) for fold in self.run.folds}
+        names, paths = each_name(self.cohort), self.cohort.table["path"]
+        for row, name in utils.progress(names.items(), desc=f"{self.name} of every scan"):
+            of = [subject_name(fold, row, paths[row]) for fold, rows in testers.items() if row in rows]
+            mean, spread = (self.results.path / f"{name}{end}" for end in EACH[:2])
+            if not (mean.exists() and spread.exists()):
+                single = np.stack([nifti.load_map(self.results.path / f"{own}.nii.gz") for own in of])
+                deviation = single.std(axis=0, ddof=1) if len(of) > 1 else np.zeros(single.shape[1:])
+                for values, file in ((single.mean(axis=0), mean), (deviation, spread)):
+                    nifti.save_map(values, self.cohort.grid.header, file)
+            maps = {"mean": nifti.load_map(mean), "sd": nifti.load_map(spread)}
+            background = self.scans[row][0][0].cpu().numpy()
+            own = probable[paths[row]]
+            how = f"probability of label 1 {own.mean():.2f}, {own.min():.2f} to {own.max():.2f}"
+            title = f"{Path(paths[row]).name}: {self.name} of {len(of)} networks {self.run.model}; {how}"
+            file = self.results.path / f"{name}{EACH[2]}"
+            figures.draw_map(maps, background, self.cohort.grid.affine, title, file)
+
+    def tidy(self) -> None:
+        """Remove the single networks' maps of new scans that nobody asked for, once all is made of them."""
+        if self.run.new_scans and not self.options["save_subjects"] and self.results.is_finished():
+            storage.remove(self.results.path, ["subjects/f*.nii.gz"])
 
     def _save(self, values: np.ndarray, name: str) -> None:
         nifti.save_map(values, self.cohort.grid.header, self.results.path / f"{name}.nii.gz")
@@ -289,7 +387,10 @@ def explain_folds(
         for each in maps:
             with each.results.summary() as is_due:
                 if is_due:
-                    each.average(networks.run.model, mean_scan())
+                    each.average(mean_scan())
+                    if each.run.new_scans:
+                        each.explain_each()
+            each.tidy()
             report(each.results)
 
 
@@ -317,8 +418,25 @@ def explain_fold(fold: int, model: CNN3d, due: list[FoldMaps], batch: int, seed:
 
 def subject_name(fold: int, row: int, path: str) -> str:
     """Where the map of one scan goes; the row in the CSV keeps scans of one name apart."""
+    return f"subjects/f{fold}_{row:05d}_{_stem(path)}"
+
+
+def each_name(cohort: Cohort) -> dict[int, str]:
+    """Where what is made of all networks' maps of each scan goes, but for EACH, by row."""
+    return {row: f"subjects/{row:05d}_{_stem(path)}" for row, path in enumerate(cohort.table["path"])}
+
+
+def _stem(path: str) -> str:
     stem = re.sub(r"[^A-Za-z0-9._-]", "_", Path(path).name.removesuffix(".gz").removesuffix(".nii"))
-    return f"subjects/f{fold}_{row:05d}_{stem[:STEM]}"
+    return stem[:STEM]
+
+
+def probabilities(subjects: pd.DataFrame, temperatures: Sequence[float]) -> dict[str, np.ndarray]:
+    """Every scan's calibrated probabilities of label 1, of the networks that explained it, by path."""
+    prob = subjects["prob_target"].where(subjects["target"] == 1, 1 - subjects["prob_target"])
+    own = np.array(temperatures)[subjects["fold"].to_numpy(int)]
+    found = calibration.calibrated(logit(prob.to_numpy()), own)
+    return {str(path): found[rows] for path, rows in subjects.groupby("path").indices.items()}
 
 
 # subjects.csv ------------------------------------------------------------------------------------
@@ -331,7 +449,7 @@ def update_subjects(folder: Path, folds: list[int], rows: pd.DataFrame | None = 
     tables = [table for table in (others, rows) if table is not None and len(table)]
     if len(others) < len(before) or rows is not None:
         after = pd.concat(tables).sort_values("fold", kind="stable") if tables else others
-        storage.write_csv(after, folder / "subjects.csv")
+        storage.write_csv(dataset.as_written(after), folder / "subjects.csv")
 
 
 def check_subjects(folder: Path, fold: int) -> None:
@@ -367,7 +485,7 @@ def _subject(row: list[str]) -> list[Any]:
     prob_target, total, residual = (float(number or "nan") for number in numbers)
     if zero not in ("0", "1"):
         raise ValueError(f"zero is '{zero}', expected 0 or 1")
-    known = [int(fold), path, int(label), subject, int(predicted), int(target)]
+    known = [int(fold), path, int(label or UNKNOWN), subject, int(predicted), int(target)]
     return [*known, prob_target, total, residual, int(zero)]
 
 
@@ -426,34 +544,39 @@ def report(results: ResultFolder) -> None:
 def main(argv: list[str] | None = None) -> int:
     """Check everything, explain the folds, average them."""
     args = get_parser().parse_args(argv)
+    outpath = args.outpath or (NEW_OUTPATH if args.scans else OUTPATH)
     if args.status:
-        say_states(args.outpath, args.method, vars(args), args.modelpath)
+        say_states(outpath, args.method, vars(args), args.modelpath)
         return 0
     process.keep_freed_memory()
     device = selfcheck.open_device(args.device)
-    run = runs.find_run(args.modelpath, args.path, args.model, args.fold)
+    run = open_run(args.scans, args.path, args.modelpath, args.model, args.fold, args.resample)
     cohort, networks = run.cohort, NETWORKS[args.weights](run, args.seed)
     options = choose_options(args.method, vars(args), run)
-    chosen = utils.choose_folds(args.run_folds, cohort.k)
+    chosen = [fold for fold in utils.choose_folds(args.run_folds, cohort.k) if fold in run.folds]
     networks.check(chosen)
     devices.check_batch(args.batch, models.largest_output(run.model, cohort.grid.shape), device)
     if vars(args).get("baseline") == "controls":
-        cohort.check_controls(chosen, "--baseline controls")
+        run.check_controls(chosen, "--baseline controls")
     share = sharing.own_share().within(args.part)
     share.check_overwrite(args.overwrite)
-    where = args.outpath, args.run_folds and chosen, args.overwrite, share
+    check_apart(outpath, run)
+    where = outpath, args.run_folds and chosen, args.overwrite, share
     folders = {name: result_folder(name, options[name], networks, *where) for name in args.method}
     for results in folders.values():
         if results.check(partial(check_kept, results.path, cohort)):
             read_subjects(results.path)  # though no fold is finished
+    if run.new_scans:
+        calibration.known_temperatures(run)  # before any map
 
     about = {"csv": str(cohort.csv), "modelpath": str(run.folder.resolve()), **networks.about()}
     work = devices.describe_batch(args.batch, cohort.grid.shape, run.model, device)
     with process.out_of_memory(work, "lower --batch"):
-        own = [row for fold in chosen for row in share.deal(cohort.scan_indices(fold, "test"))]
-        scans = cohort.open_scans(Cache("reuse", args.modelpath / "cache"), rows=own)
+        own = {row for fold in chosen for row in share.deal(cohort.scan_indices(fold, "test"))}
+        scans = cohort.open_scans(Cache("reuse", args.modelpath / "cache"), rows=sorted(own))
         share.say()
-        maps = [FoldMaps(METHODS[n], options[n], cohort, scans, folders[n]) for n in args.method]
+        runs.say_seen(run)
+        maps = [FoldMaps(METHODS[n], options[n], run, scans, folders[n]) for n in args.method]
         explain_folds(maps, networks, chosen, about, args.batch, args.seed, device)
     return 0
 

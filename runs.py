@@ -1,8 +1,10 @@
 """A training run that a command goes on from: its cohort, its model and its networks."""
 
+import re
+import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from itertools import zip_longest
+from itertools import takewhile, zip_longest
 from pathlib import Path
 from typing import Any
 
@@ -16,27 +18,83 @@ import models
 import utils
 from brain_maps import FLOORS
 from dataset import Cohort
-from internals import storage, tables
+from internals import nifti, storage, tables
 from internals.checkpoints import load_weights
 from internals.errors import InputError, blaming
+from internals.nifti import Grid
 
 ROLES = {role: role for role in ("train", "val", "test")}
 FOLDING = {"fold": 5, "split": "stratified", "val_fraction": 0.2, "seed": 0}  # train_cv.py's defaults
 CALIBRATION = 32  # training scans at most that give an untrained network's BatchNorm its statistics
+# what train_cv.py leaves in a run's folder for new scans: a digest of each of its own, the mean head of each
+# fold's training scans and the mean of the controls among them, what is typical of them, and temperatures
+SCANS, HEAD, CONTROLS = "scans.csv", "mean_train_f{}.nii.gz", "mean_controls_f{}.nii.gz"
+RANGES, TEMPERATURES = "typical.csv", "calibration.csv"
+SCAN_COLUMNS = ["path", "samples_sha256"]
+NAMED = 5  # scans in a message
+RESAMPLE = "bring scans of another shape or affine onto the run's grid, by linear interpolation"  # --resample
 
 
 @dataclass(frozen=True)
 class Run:
-    """A training run, checked."""
+    """A training run, checked.
+
+    Attributes:
+        folder: where it lies.
+        cohort: the scans that it was trained and tested on; or new scans, which are "test" in every fold
+            whose network never saw their subject.
+        model: name of its networks.
+        permuted: whether they were trained on permuted labels.
+        new_scans: whether the cohort is of new scans.
+    """
 
     folder: Path
     cohort: Cohort
-    model: str  # name of its networks
-    permuted: bool = False  # whether they were trained on permuted labels
+    model: str
+    permuted: bool = False
+    new_scans: bool = False
+
+    @property
+    def is_recorded(self) -> bool:
+        """Whether train_cv.py made it; else there are published checkpoints, and nothing beside them."""
+        return (self.folder / "run.json").exists()
+
+    @property
+    def folds(self) -> list[int]:
+        """The folds whose networks have any scan to test."""
+        return [fold for fold in range(self.cohort.k) if self.cohort.scan_indices(fold, "test")]
+
+    @property
+    def seen(self) -> np.ndarray:
+        """Which scans of the cohort some network was trained or validated on, bool (N,)."""
+        role = self.cohort.folds["role"].to_numpy().reshape(self.cohort.k, -1)  # (k, N)
+        return (role != "test").any(axis=0)
 
     def checkpoint(self, fold: int) -> Path:
         """The weights of a fold."""
         return self.folder / f"state_dict_f{fold}.pth"
+
+    def check_controls(self, folds: Sequence[int], option: str) -> None:
+        """Raise InputError where an option needs the mean of training controls, and a fold has none."""
+        if not self.new_scans:
+            self.cohort.check_controls(folds, option)
+        for fold in folds if self.new_scans else ():
+            if not (self.folder / CONTROLS.format(fold)).exists():
+                raise InputError(f"{option}: {self.folder / CONTROLS.format(fold)} is not there{REMEDY}")
+
+    def mean_controls(self, fold: int, scans: dataset.ScanDataset) -> np.ndarray:
+        """The mean of a fold's training controls, float32 (X, Y, Z): as recorded, else made anew."""
+        file = self.folder / CONTROLS.format(fold)
+        if not file.exists():
+            return scans.mean(self.cohort.training_controls(fold))
+        with blaming(file):
+            mean, _ = nifti.read_image(file, self.cohort.grid, "the scans")
+            if not np.isfinite(mean).all():
+                raise InputError("has voxels that are NaN or infinite")
+        return mean
+
+
+REMEDY = "; train_cv.py, called as before, keeps the networks and writes what is missing"
 
 
 def new_network(model: str, grid: dataset.Grid) -> models.CNN3d:
@@ -133,9 +191,13 @@ Networks = TrainedNetworks | UntrainedNetworks
 
 def calibration_scans(cohort: Cohort, fold: int, most: int) -> list[int]:
     """Training scans for the statistics of BatchNorm: at most so many, evenly spaced in the CSV."""
-    train = cohort.scan_indices(fold, "train")
-    count = min(len(train), most)
-    return [train[number * len(train) // count] for number in range(count)]
+    return evenly(cohort.scan_indices(fold, "train"), most)
+
+
+def evenly(rows: Sequence[int], most: int) -> list[int]:
+    """At most so many of some rows, evenly spaced."""
+    count = min(len(rows), most)
+    return [rows[number * len(rows) // count] for number in range(count)]
 
 
 # Reading what train_cv.py wrote ------------------------------------------------------------------
@@ -218,34 +280,52 @@ def recorded_folding(folder: Path) -> dict[str, Any]:
         return {name: storage.entry(arguments, name, *valid[name]) for name in FOLDING}
 
 
-def _recorded_run(folder: Path, csv: Path | None, model: str | None, k: int | None) -> Run:
-    """The run that run.json and folds.csv describe, as long as its CSV and scans are the same."""
+@dataclass(frozen=True)
+class _Record:
+    """What run.json says of a run."""
+
+    whole: dict[str, Any]
+    csv: Path
+    csv_sha256: str
+    model: str
+    grid: dict[str, Any]
+    permuted: bool
+    k: int
+
+
+def _read_record(folder: Path, model: str | None) -> _Record:
+    """The record of a run; InputError where it is damaged, or the user names another model."""
     record = storage.read_json(folder / "run.json")
     with blaming(folder / "run.json"):
-        trained_csv = Path(storage.entry(record, "csv", str))
+        csv = Path(storage.entry(record, "csv", str))
         digest, trained_model = (storage.entry(record, name, str) for name in ("csv_sha256", "model"))
-        trained_grid = storage.entry(record, "grid", dict)
+        grid = storage.entry(record, "grid", dict)
         trained_on = {"permute_labels": False} | storage.entry(record, "arguments", dict)
         permuted = storage.entry(trained_on, "permute_labels", bool)
-    trained_k = recorded_folding(folder)["fold"]
     if model not in (None, trained_model):
         raise InputError(f"--model {model}: {folder} was trained with {trained_model}")
-    if k not in (None, trained_k):
-        raise InputError(f"--fold {k}: {folder} was trained with {trained_k} folds")
-    csv = csv or trained_csv
+    return _Record(record, csv, digest, trained_model, grid, permuted, recorded_folding(folder)["fold"])
+
+
+def _recorded_run(folder: Path, csv: Path | None, model: str | None, k: int | None) -> Run:
+    """The run that run.json and folds.csv describe, as long as its CSV and scans are the same."""
+    record = _read_record(folder, model)
+    if k not in (None, record.k):
+        raise InputError(f"--fold {k}: {folder} was trained with {record.k} folds")
+    csv = csv or record.csv
     table = dataset.read_csv(csv)
-    if trained_k > len(table):
-        raise InputError(f"{folder / 'run.json'}: is damaged: {trained_k} folds of {len(table)} scans")
-    if storage.file_sha256(csv) != digest:
+    if record.k > len(table):
+        raise InputError(f"{folder / 'run.json'}: is damaged: {record.k} folds of {len(table)} scans")
+    if storage.file_sha256(csv) != record.csv_sha256:
         raise InputError(f"{csv}: is not the CSV that {folder} was trained on; its content changed")
-    checked = dataset.check_scans(table, record)
-    if checked.grid.record() != trained_grid:
+    checked = dataset.check_scans(table, record.whole)
+    if checked.grid.record() != record.grid:
         raise InputError(f"{csv}: the scans' grid is not the one that {folder} was trained on")
     with blaming(folder / "folds.csv"):
-        folds = _read_folds(folder / "folds.csv", table, trained_k)
-    if record.get("scans_sha256", "") not in ("", checked.scans_sha256):
+        folds = _read_folds(folder / "folds.csv", table, record.k)
+    if record.whole.get("scans_sha256", "") not in ("", checked.scans_sha256):
         raise InputError(f"{csv}: the scans changed since {folder} was trained on them")
-    return Run(folder, Cohort(csv, table, checked, folds, trained_k), trained_model, permuted)
+    return Run(folder, Cohort(csv, table, checked, folds, record.k), record.model, record.permuted)
 
 
 def _read_folds(file: Path, table: pd.DataFrame, k: int) -> pd.DataFrame:
@@ -287,3 +367,135 @@ def _read_roles(file: Path, table: pd.DataFrame, k: int) -> list[str]:
             )
         roles.append(ROLES[row[1]])  # one object each, however many rows there are
     return roles
+
+
+# New scans ---------------------------------------------------------------------------------------
+
+
+def find_run_for(scans: Path, folder: Path, model: str | None, resample: bool) -> Run:
+    """The run in a folder, for scans that need not be its own; nothing but the folder is needed.
+
+    Args:
+        scans: a CSV of scans, labelled or not.
+        folder: what train_cv.py wrote; or published checkpoints, of which nothing else is known.
+        model: the user's, or None; needed for published checkpoints.
+        resample: whether scans may lie elsewhere, and are brought onto the run's grid.
+
+    Raises:
+        InputError: no run, one that is damaged or of an earlier version; scans that cannot be used, or that
+            every network saw.
+    """
+    table, recorded = dataset.read_csv(scans, labelled=False), (folder / "run.json").exists()
+    like, permuted = None, False
+    if recorded:
+        record = _read_record(folder, model)
+        like, k, model, permuted = _recorded_grid(folder, record), record.k, record.model, record.permuted
+    else:
+        k, model = _published_folds(folder, model, resample)
+    checked = dataset.check_new_scans(table, like, resample)
+    seen_by = _testers(table, folder, k) if recorded else {}
+    parts = []
+    for fold in range(k):
+        allowed = [fold in seen_by.get(row, range(k)) for row in range(len(table))]
+        role = np.where(allowed, "test", "seen")
+        parts.append(table[dataset.COLUMNS].assign(fold=fold, role=role))
+    folds = pd.concat(parts, ignore_index=True)[["fold", "role", *dataset.COLUMNS]]
+    return Run(folder, Cohort(scans, table, checked, folds, k), model, permuted, new_scans=True)
+
+
+def say_seen(run: Run) -> None:
+    """Say on stderr which new scans some of a run's networks were trained on."""
+    paths = run.cohort.table.loc[run.seen, "path"].tolist()
+    if paths and run.new_scans:
+        more = f" and {len(paths) - NAMED} more" if len(paths) > NAMED else ""
+        print(
+            f"{len(paths)} of {len(run.seen)} scans are the run's own, by their content or their subject: "
+            f"{', '.join(paths[:NAMED])}{more}; each is left to the network that tested it",
+            file=sys.stderr,
+        )
+
+
+def _recorded_grid(folder: Path, record: _Record) -> Grid:
+    """The grid of a run's scans, with their header."""
+    file = folder / HEAD.format(0)
+    if not file.exists():
+        raise InputError(f"{file}: no such file{REMEDY}")
+    with blaming(file):
+        grid = nifti.read_grid(file)
+        if grid.record() != record.grid:
+            raise InputError("its grid is not that of the run's scans")
+    return grid
+
+
+def _published_folds(folder: Path, model: str | None, resample: bool) -> tuple[int, str]:
+    """How many published checkpoints there are, or should be, as the highest number says; and their model."""
+    if not folder.is_dir():
+        raise InputError(f"--modelpath {folder}: no such folder; train_cv.py makes one")
+    if model is None:
+        raise InputError(f"--modelpath {folder}: holds no run.json, so --model is needed")
+    if resample:
+        raise InputError(f"--resample: {folder} holds no run.json, which would say onto which grid")
+    numbers = [path.stem.removeprefix("state_dict_f") for path in folder.glob("state_dict_f*.pth")]
+    found = [int(number) for number in numbers if number.isdecimal() and len(number) < 4]
+    if not found:
+        raise InputError(f"--modelpath {folder}: holds no state_dict_f0.pth")
+    print(f"{folder} holds no run.json: published checkpoints; what they were trained on is not known")
+    return max(found) + 1, model
+
+
+def _testers(table: pd.DataFrame, folder: Path, k: int) -> dict[int, set[int]]:
+    """For each row of new scans that is a run's own, by content or subject: the fold that tested it.
+
+    Subjects count where both tables name them: else a scan's path stands for its subject.
+
+    Raises:
+        InputError: a scan, or the subject that it is said to be of, was seen by every network.
+    """
+    trained = _trained_scans(folder, k)
+    names = all((each["subject"] != each["path"]).any() for each in (table, trained))
+    folds: dict[tuple[str, str], set[int]] = {}  # by digest, or by subject
+    for _, (subject, digest, fold) in trained[["subject", "digest", "fold"]].iterrows():
+        for key in (("scan", digest), ("subject", subject)):
+            folds.setdefault(key, set()).add(fold)
+    digests = dataset.scan_digests(table)
+    of_subject: dict[str, set[int]] = {}  # all scans of a person share what is known of one
+    for subject, digest in zip(table["subject"], digests, strict=True):
+        known = of_subject.setdefault(subject, set())
+        known.update(folds.get(("scan", digest), ()))
+        known.update(folds.get(("subject", subject), ()) if names else ())
+    for path, subject in zip(table["path"], table["subject"], strict=True):
+        if len(of_subject[subject]) > 1:
+            raise InputError(
+                f"{path}: every network of {folder} saw it, or another scan of subject {subject}: these were "
+                f"tested in folds {sorted(of_subject[subject])}"
+            )
+    return {row: of_subject[subject] for row, subject in enumerate(table["subject"]) if of_subject[subject]}
+
+
+def _trained_scans(folder: Path, k: int) -> pd.DataFrame:
+    """A run's scans: path, label, subject, digest, and the fold that tested each."""
+    file = folder / "folds.csv"
+    with blaming(file):
+        rows = tables.read_rows(file)
+        next(rows, None)
+        scans = [row[2:] for row in takewhile(lambda row: row[0] == "0", rows)]
+        if any(len(scan) != len(dataset.COLUMNS) for scan in scans):
+            raise InputError("is damaged: a row has not the columns of the others")
+        table = pd.DataFrame(scans, columns=dataset.COLUMNS)
+        if k > len(table):
+            raise InputError(f"is damaged: {k} folds of {len(table)} scans")
+        if table["path"].duplicated().any():
+            raise InputError("is damaged: it lists a scan twice")
+        folds = _read_folds(file, table, k)
+    file = folder / SCANS
+    if not file.exists():
+        raise InputError(f"{file}: no such file{REMEDY}")
+    with blaming(file):
+        header, *lines = list(tables.read_rows(file)) or [[]]
+        if header != SCAN_COLUMNS or [line[0] for line in lines] != table["path"].tolist():
+            raise InputError("is damaged: it does not list the scans of folds.csv")
+        if not all(len(line) == 2 and re.fullmatch("[0-9a-f]{64}", line[1]) for line in lines):
+            raise InputError("is damaged: a row is not a path and a SHA-256")
+    tested = folds[folds["role"] == "test"].set_index("path")["fold"]
+    fold = [int(tested[path]) for path in table["path"]]
+    return table.assign(digest=[line[1] for line in lines], fold=fold)

@@ -9,22 +9,30 @@ are finished and goes on with an interrupted one after its last finished epoch.
 import argparse
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import pandas as pd
 import torch
 
+import atypical
+import calibration
 import classifier_scores
 import dataset
 import figures
+import model_card
 import models
 import runs
 import selfcheck
 import training
 import utils
+from calibration import Temperature
+from classifier_scores import CALIBRATED
 from dataset import Cohort, Grid, ScanDataset
-from internals import caches, devices, process, sharing, storage
+from internals import caches, devices, nifti, process, sharing, storage
 from internals.caches import Cache
 from internals.checkpoints import load_weights
 from internals.devices import PRECISIONS
@@ -40,8 +48,18 @@ FILES = Files(
     record="run.json",
     shared=["folds.csv"],
     part=["history_f{}.csv", "state_dict_f{}.pth"],
+    beside=[runs.HEAD, runs.CONTROLS],
     progress=["progress_f{}.pth"],
-    summary=["predictions.csv", "metrics.csv", "training.png"],
+    summary=[
+        "predictions.csv",
+        "metrics.csv",
+        "training.png",
+        runs.TEMPERATURES,
+        "calibration.png",
+        runs.SCANS,
+        runs.RANGES,
+        "model_card.md",
+    ],
     facts=["devices_per_fold"],
 )
 # options that change neither the networks nor the folds
@@ -163,26 +181,86 @@ def train_fold(state: TrainingState, fold: int, load: Load, schedule: Schedule, 
 
 def test_folds(
     network: CNN3d, cohort: Cohort, load: Load, folder: Path, device: torch.device
-) -> pd.DataFrame:
-    """Predict every fold's test scans with that fold's weights; columns as classifier_scores.PREDICTIONS."""
-    predictions = []
+) -> tuple[pd.DataFrame, list[Temperature]]:
+    """Predict every fold's test scans with that fold's weights, calibrated on its validation scans.
+
+    Returns:
+        The columns classifier_scores.PREDICTIONS and CALIBRATED; and every fold's temperature.
+    """
+    predictions, temperatures = [], []
     for fold in range(cohort.k):
         load_weights(network, folder / f"state_dict_f{fold}.pth", device)
-        logits, _ = training.predict(network, load(fold, "test"))
-        found = {"prob_1": logits.double().softmax(1)[:, 1].numpy(), "predicted": logits.argmax(1).numpy()}
+        margin, label, _ = margins(network, load(fold, "val"))
+        temperatures.append(calibration.fit_temperature(margin, label))
+        margin, _, prob_1 = margins(network, load(fold, "test"))
+        found = {"prob_1": prob_1, "predicted": (margin > 0).astype(int)}
+        found[CALIBRATED] = calibration.calibrated(margin, temperatures[fold].value)
         scans = cohort.table.loc[cohort.scan_indices(fold, "test")]
-        predictions.append(scans.assign(fold=fold, **found)[classifier_scores.PREDICTIONS])
-    return pd.concat(predictions)
+        predictions.append(scans.assign(fold=fold, **found)[[*classifier_scores.PREDICTIONS, CALIBRATED]])
+    return pd.concat(predictions), temperatures
 
 
-def report(predictions: pd.DataFrame, k: int, delta: float, seed: int, folder: Path) -> None:
-    """Write predictions, metrics and the loss curves; print the scores."""
-    scores = classifier_scores.metrics_table(predictions, seed)
-    storage.write_csv(predictions, folder / "predictions.csv")
-    storage.write_csv(scores, folder / "metrics.csv")
-    histories = [pd.read_csv(folder / f"history_f{fold}.csv") for fold in range(k)]
-    figures.draw_training(histories, delta, folder / "training.png")
+def margins(network: CNN3d, scans: Loader) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Of every scan logit 1 less logit 0, the label, and the probability of label 1, (N,) each."""
+    logits, labels = training.predict(network, scans)
+    logits = logits.double()
+    return (logits[:, 1] - logits[:, 0]).numpy(), labels.numpy(), logits.softmax(1)[:, 1].numpy()
+
+
+# What is made of all folds -----------------------------------------------------------------------
+
+
+def describe_scans(cohort: Cohort, scans: ScanDataset, folder: Path) -> pd.DataFrame:
+    """Write what new scans are compared with; returns what is typical, as atypical.COLUMNS."""
+    digests = dict(
+        zip(runs.SCAN_COLUMNS, [cohort.table["path"], dataset.scan_digests(cohort.table)], strict=True)
+    )
+    storage.write_csv(pd.DataFrame(digests), folder / runs.SCANS)
+    ranges = []
+    for fold in utils.progress(range(cohort.k), desc="what scans look like", leave=False):
+        train, test = (
+            runs.evenly(cohort.scan_indices(fold, role), atypical.MOST) for role in ("train", "test")
+        )
+        mean = atypical.common_head(scans, train)
+        controls = scans.mean(cohort.training_controls(fold))
+        for name, values in ((runs.HEAD, mean), (runs.CONTROLS, controls)):
+            nifti.save_map(values, cohort.grid.header, folder / name.format(fold))
+        head = atypical.Head(mean, cohort.grid.affine)
+        ranges.append(atypical.ranges_table(scans, head, train, test).assign(fold=fold)[atypical.COLUMNS])
+    table = pd.concat(ranges)
+    storage.write_csv(table, folder / runs.RANGES)
+    return table
+
+
+def report(
+    predictions: pd.DataFrame,
+    temperatures: list[Temperature],
+    ranges: pd.DataFrame,
+    cohort: Cohort,
+    arguments: dict[str, Any],
+    folder: Path,
+) -> None:
+    """Write predictions, metrics, calibration, pictures and the model card; print the scores."""
+    scores = classifier_scores.metrics_table(predictions, arguments["seed"])
+    errors = calibration.calibration_table(predictions, temperatures)
+    for table, name in (
+        (predictions, "predictions.csv"),
+        (scores, "metrics.csv"),
+        (errors, runs.TEMPERATURES),
+    ):
+        storage.write_csv(table, folder / name)
+    histories = [pd.read_csv(folder / f"history_f{fold}.csv") for fold in range(cohort.k)]
+    figures.draw_training(histories, arguments["delta"], folder / "training.png")
+    label, columns = predictions["label"].to_numpy(), {"before": "prob_1", "after": CALIBRATED}
+    bins = {
+        when: calibration.reliability(label, predictions[name].to_numpy()) for when, name in columns.items()
+    }
+    figures.draw_calibration(bins, folder / "calibration.png")
+    card = model_card.model_card(cohort, arguments, [len(h) for h in histories], scores, errors, ranges)
+    storage.write_text(card, folder / "model_card.md")
     print(classifier_scores.summary(scores))
+    print(calibration.summary(errors))
+    print(atypical.summary(ranges))
 
 
 def say_state(results: ResultFolder) -> None:
@@ -191,7 +269,10 @@ def say_state(results: ResultFolder) -> None:
     if unfinished:
         print(f"not trained yet: folds {unfinished}; tests and metrics follow with the last fold")
     else:
-        print(f"written to {results.path}: state_dict_f*.pth, predictions.csv, metrics.csv, training.png")
+        print(
+            f"written to {results.path}: state_dict_f*.pth, predictions.csv, metrics.csv, training.png, "
+            "calibration.png, model_card.md"
+        )
 
 
 @utils.command(
@@ -214,7 +295,9 @@ def main(argv: list[str] | None = None) -> int:
     arguments = {name: value for name, value in vars(args).items() if name not in INCIDENTAL}
     identity, implied = cohort.identity | {"arguments": arguments}, {"permute_labels": False}
     folds = range(args.fold)
-    results = ResultFolder(args.outpath, FILES, folds, identity, {}, only, args.overwrite, implied)
+    means = [name.format(fold) for name in FILES.beside for fold in folds]
+    files = replace(FILES, summary=[*FILES.summary, *means])
+    results = ResultFolder(args.outpath, files, folds, identity, {}, only, args.overwrite, implied)
     if results.check(partial(check_fold, args.outpath, network)):
         check_folds(args.outpath / "folds.csv", cohort.folds)
 
@@ -238,8 +321,9 @@ def main(argv: list[str] | None = None) -> int:
                 results.finish(fold, devices_per_fold=state.devices)
             with results.summary() as due:
                 if due:
-                    predictions = test_folds(network, cohort, load, args.outpath, device)
-                    report(predictions, args.fold, args.delta, args.seed, args.outpath)
+                    predictions, temperatures = test_folds(network, cohort, load, args.outpath, device)
+                    ranges = describe_scans(cohort, scans, args.outpath)
+                    report(predictions, temperatures, ranges, cohort, arguments, args.outpath)
             say_state(results)
     return 0
 

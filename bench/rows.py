@@ -70,16 +70,25 @@ def finish(folder: Path) -> None:
     import runs
     import train_cv
     import training
+    from atypical import ANY, COLUMNS, TRAITS
     from internals import nifti, storage
 
     def train(state: training.TrainingState, *_: Any) -> None:
         state.best_weights = training.plain_weights(state.model)
         state.history.append([1, 0.7, 0.7, 0.5, 1.0])
 
-    def predict(model: torch.nn.Module, loader: Any) -> tuple[torch.Tensor, None]:
-        return torch.rand(len(loader.dataset), 2), None
+    def predict(model: torch.nn.Module, loader: Any) -> tuple[torch.Tensor, torch.Tensor]:
+        labels = loader.dataset.dataset.labels
+        return torch.rand(len(loader.dataset), 2), torch.tensor([labels[i] for i in loader.dataset.indices])
 
-    training.train, training.predict = train, predict  # type: ignore[assignment]
+    def describe(cohort: Any, scans: Any, folder: Path) -> pd.DataFrame:
+        names = [name.format(fold) for name in (runs.HEAD, runs.CONTROLS) for fold in range(K)]
+        for name in (*names, runs.SCANS, runs.RANGES):
+            (folder / name).touch()
+        rows = [[fold, name, 0, 1, 0, 1, 1, 0] for fold in range(K) for name in (*TRAITS, ANY)]
+        return pd.DataFrame(rows, columns=COLUMNS)
+
+    training.train, training.predict, train_cv.describe_scans = train, predict, describe  # type: ignore[assignment]
     if train_cv.main(options("train_cv", folder, folder / "models")):
         raise SystemExit(1)
     say_taken()

@@ -18,6 +18,8 @@ from pathlib import Path
 import nibabel as nib
 import numpy as np
 from nibabel.spatialimages import HeaderDataError
+from nilearn.image import resample_img
+from nilearn.image.resampling import BoundingBoxError
 
 from internals import storage
 from internals.errors import InputError, blaming
@@ -106,6 +108,30 @@ def load_map(path: Path) -> np.ndarray:
     """Read a map back: float32 (X, Y, Z)."""
     with blaming(path):
         return read_image(path)[0]
+
+
+def resample(
+    values: np.ndarray, affine: np.ndarray, like: Grid, interpolation: str, fill: float = 0
+) -> np.ndarray:
+    """Bring an image (X, Y, Z), or several (X, Y, Z, N), onto another grid.
+
+    Args:
+        values: the voxels.
+        affine: (4, 4), voxel to mm.
+        like: that grid.
+        interpolation: "nearest" or "linear".
+        fill: what there is outside its field of view.
+    """
+    # A frame around, as for nilearn the field of view ends at the centres of the outermost voxels.
+    frame = [(1, 1)] * 3 + [(0, 0)] * (values.ndim - 3)
+    padded = np.pad(values, frame, constant_values=fill)
+    image = nib.Nifti1Image(padded, affine @ nib.affines.from_matvec(np.eye(3), [-1, -1, -1]))
+    options = {"interpolation": interpolation, "force_resample": True, "copy_header": True}
+    try:
+        moved = resample_img(image, like.affine, like.shape, fill_value=fill, **options)
+    except BoundingBoxError:  # raised on some sides only
+        return np.full((*like.shape, *values.shape[3:]), fill, values.dtype)
+    return np.asarray(moved.dataobj)
 
 
 @contextmanager

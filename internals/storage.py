@@ -188,6 +188,12 @@ def write_csv(table: pd.DataFrame, path: Path) -> None:
         table.to_csv(partial, index=False, lineterminator="\n")
 
 
+def write_text(text: str, path: Path) -> None:
+    """Write a text in UTF-8."""
+    with atomic_write(path) as partial:
+        partial.write_text(text, encoding="utf-8")
+
+
 def write_json(record: dict[str, Any], path: Path) -> None:
     """Write a record as indented JSON."""
     with atomic_write(path) as partial:

@@ -29,6 +29,7 @@ OBLIQUE = np.array(
 # What spreadsheets and pandas like to change: leading zeros, exponents, "NA".
 SUBJECTS = ["007", "010", "NA", "0003", "1e5", "005", "6.0", "0012", "+9", "011", "13", "007"]
 LABELS = [0, 1, 1, 0, 0, 1, 1, 0, 1, 0, 1, 0]
+TEXTS = ["path", "subject", "role", "network", "trait", "reason", "note", "samples_sha256"]  # columns
 MODEL, K = "modelB2", 2
 # how train_cv.py is called for the run that tests share: quick, and in memory
 TRAINED = ["--model", MODEL, "--device", "cpu", "--batch", "2", "--fold", str(K), "--lr", "1e-3"]
@@ -109,7 +110,7 @@ def read_values(path: Path) -> np.ndarray:
 def read_table(path: Path) -> pd.DataFrame:
     """A CSV as it stands: "NA" is a subject, "007" is not 7; numbers are numbers, blanks NaN."""
     table = pd.read_csv(path, dtype=str, keep_default_na=False)
-    for column in table.columns.difference(["path", "subject", "role"]):
+    for column in table.columns.difference(TEXTS):
         table[column] = pd.to_numeric(table[column])
     return table
 

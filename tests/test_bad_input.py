@@ -24,18 +24,20 @@ from cohorts import AFFINE, LABELS, MODEL, OBLIQUE, SHAPE, TRAINED, only_error, 
 
 import heatmap
 import overlap
+import predict
 import sanity
 import simulate
 import svm
 import train_cv
 import ttest
 
-MODULES = (train_cv, heatmap, svm, ttest, overlap, sanity, simulate)
+MODULES = (train_cv, heatmap, predict, svm, ttest, overlap, sanity, simulate)
 COMMANDS: dict[str, ModuleType] = {module.__name__: module for module in MODULES}
 COMPARE = "--maps heatmaps --reference truth.nii --mask mask.nii --smooth 0 --rank-smooth 0"
 GOOD = {  # arguments that work in the good folder
     "train_cv": f"--path data.csv {' '.join(TRAINED)} --workers 0 --outpath out",
     "heatmap": "--method LRP --path data.csv --modelpath models --device cpu --outpath out",
+    "predict": "--path new.csv --modelpath models --device cpu --outpath out",
     "svm": "--path data.csv --modelpath models --outpath out",
     "ttest": "--path data.csv --modelpath none --fold 4 --val-fraction 0.34 --outpath out",
     "overlap": f"{COMPARE} --outpath out",
@@ -47,6 +49,8 @@ RECORD, FOLDS = "models/run.json", "models/folds.csv"
 CHECKPOINT, HISTORY = "models/state_dict_f1.pth", "models/history_f1.csv"
 MAP, MAP_RECORD = "heatmaps/LRP/map_f1.nii.gz", "heatmaps/LRP/map.json"
 MEAN = "heatmaps/GGC/mean_scan.nii.gz"
+NEW = "--method LRP --scans new.csv --modelpath models --device cpu"  # heatmap.py's options for new scans
+LATER = "train_cv.py, called as before, keeps the networks"
 BEYOND = torch.cuda.device_count()  # the first GPU that is not there
 
 Spoil = Callable[[], object]
@@ -149,6 +153,7 @@ FILES: dict[str, list[tuple]] = {
          csv([*PLAIN, ("/no/3.nii", 0), ("../3.nii", 0), ("~/no/3.nii", 0), (f"'{VICTIM}'", 0)]),
          f"4 of 16|/no/3.nii: no such|../3.nii: no such|~/no/3.nii: no such|'{VICTIM}': not a"),
         ("CSV of one class", csv([(path, 0) for path, _ in PLAIN]), "12 of label 0|0 of label 1"),
+        ("CSV without labels", csv([(path,) for path, _ in PLAIN]), "data.csv: expected two columns|found 1"),
         ("scan of text", write(VICTIM, "no image " * 99), f"1 of 12|{VICTIM}: |no NIfTI header"),
         ("scan constant, cache on disk", image(VICTIM, 0 * VALUES), f"1 of 12|{VICTIM}: |constant",
          "--cache disk"),
@@ -178,6 +183,38 @@ FILES: dict[str, list[tuple]] = {
          "--outpath heatmaps --save-subjects"),
         ("subjects cut short", cut("heatmaps/LRP/subjects.csv", 3), "LRP/subjects.csv|damaged",
          "--outpath heatmaps --save-subjects"),
+    ],
+    "predict": [
+        ("CSV missing", remove("new.csv"), "new.csv: no such CSV"),
+        ("CSV without paths", write("new.csv", "label,subject\n0,a\n"), "new.csv: the header needs 'path'"),
+        ("CSV of three columns", write("new.csv", "new.nii,0,a\n"), "one column (path) or two|found 3"),
+        ("CSV with a third label", write("new.csv", "new.nii,2\n"), "new.csv: row 1: label '2'"),
+        ("scan of another shape", image("new.nii", VALUES[1:]),
+         "1 of 2|new.nii: shape (93, 95, 96)|--resample|resample_to_img"),
+        ("scan of another affine", image("new.nii", VALUES, OBLIQUE), "new.nii: its affine|--resample"),
+        ("scan constant", image("new.nii", 0 * VALUES), "1 of 2|new.nii: |constant"),
+        ("scan that every network saw", write("new.csv", f"path,subject\n{VICTIM},1e5\n"),
+         f"{VICTIM}: every network of models saw it|subject 1e5"),
+        ("checkpoint missing", remove(CHECKPOINT), f"{CHECKPOINT}: no such checkpoint"),
+        ("checkpoints of another width", record(RECORD, model="modelB3"),
+         "state_dict_f0.pth|features.0.weight"),
+        ("published checkpoints, no --model", remove(RECORD), "run.json|--model is needed"),
+        ("published checkpoints, --resample", remove(RECORD), "--resample: models holds no run.json",
+         f"--model {MODEL} --resample"),
+        ("published checkpoints, a gap", both(remove(RECORD), remove("models/state_dict_f0.pth")),
+         "state_dict_f0.pth: no such checkpoint", f"--model {MODEL}"),
+        *((f"run of an earlier version, {name}", remove(f"models/{name}"),
+           f"models/{name}: no such file|{LATER}")
+          for name in ("scans.csv", "typical.csv", "calibration.csv", "mean_train_f0.nii.gz",
+                       "mean_train_f1.nii.gz")),
+        *((f"damaged {name}", write(f"models/{name}", "fold\nx\n"), f"models/{name}|damaged")
+          for name in ("scans.csv", "typical.csv", "calibration.csv", "folds.csv")),
+        ("mean scan elsewhere", image("models/mean_train_f0.nii.gz", VALUES, OBLIQUE),
+         "mean_train_f0.nii.gz: its grid is not"),
+        ("folds missing", remove(FOLDS), f"{FOLDS}: no such"),
+        ("record cut short", cut(RECORD, 40), f"{RECORD}|JSON"),
+        ("predictions, others", write("out/predict.json", '{"model": "modelB1"}'),
+         f"predict.json|model (modelB1 there, {MODEL} now)|{OUT}"),
     ],
     "svm": [
         ("CSV missing, no run", remove("data.csv"), "data.csv: no such CSV", NO_RUN),
@@ -279,6 +316,7 @@ ROWS += [
     Row(command, f"--outpath {name}", *cells)
     for command, record_file, other in [
         ("train_cv", "run.json", "state_dict_f1.pth"), ("heatmap", "LRP/map.json", "LRP/map_f0.nii.gz"),
+        ("predict", "predict.json", "network_f0.csv"),
         ("svm", "SVM/map.json", "SVM/map_all.nii.gz"), ("ttest", "TTEST/map.json", "TTEST/map_f0.nii.gz"),
         ("overlap", "overlap.json", "overlap.csv"), ("sanity", "sanity.json", "sanity_f0.csv"),
         ("simulate", "cohort.json", "data.csv"),
@@ -316,6 +354,7 @@ NUMBERS = {
         "--steps": "0 2.5", "--beta": "-0.1 100.1", "--samples": "0 2.5", "--sigma": "0 -0.1 nan",
         "--layer": "2.5 last", "--size": "0 -8 nan", "--stride": "0 -4", "--part": "0/4 5/4 1 1/2/3 a/2",
     },
+    "predict": {"--run-folds": "-1 2.5", "--seed": "-1 4294967296 2.5", "--part": "0/4 5/4 1 1/2/3 a/2"},
     "svm": {"--C": "0 nan", "--fold": "1 2.5", "--val-fraction": "0 1", "--seed": "-1 4294967296 2.5"},
     "ttest": {"--fold": "1 2.5", "--val-fraction": "0 1", "--seed": "-1 4294967296 2.5"},
     "overlap": {
@@ -362,6 +401,15 @@ OPTIONS: dict[str, dict[str, str]] = {  # what is given after the good options, 
         "--modelpath none": "--modelpath none|no such folder",
         "--modelpath scans": "--modelpath scans|run.json|--path and --model",
         "--part 1/2 --overwrite": "--overwrite: one of several",
+        "--scans new.csv": "--path data.csv: is of the run's own scans, which --scans does not ask for",
+        "--resample": "--resample: is an option of --scans",
+    },
+    "predict": {
+        "": "--path|required", "--modelpath none": "--modelpath none|no such folder",
+        "--modelpath scans": "--modelpath scans|run.json|--model is needed",
+        f"--modelpath scans --model {MODEL}": "--modelpath scans: holds no state_dict_f0.pth",
+        "--model modelB1": f"--model modelB1|{MODEL}", "--run-folds 2": "--run-folds 2|0 to 1",
+        f"--device {BEYOND}": f"--device {BEYOND}", "--part 1/2 --overwrite": "--overwrite: one of several",
     },
     "svm": {
         "--fold 3": "--fold 3|2", "--split contiguous": "--split contiguous|stratified",
@@ -396,6 +444,21 @@ ROWS += [
     for options, words in every.items()
 ]
 ROWS += [
+    Row("heatmap", f"new scans, {name}", spoil, words, f"{NEW} {options}", alone=True)
+    for name, spoil, words, options in [
+        ("into the run's own maps", nothing, "--outpath heatmaps: GGC there has maps of a run's own scans",
+         "--outpath heatmaps"),
+        ("random weights", nothing, "--weights random: needs the run's own scans", "--weights random"),
+        ("--target label without labels", nothing, "--target label: 2 of 2 scans have no label",
+         "--target label"),
+        ("--fold", nothing, "--fold 2: is of the run's own scans", "--fold 2"),
+        ("no mean of controls", remove("models/mean_controls_f1.nii.gz"),
+         f"--baseline controls: models/mean_controls_f1.nii.gz is not there|{LATER}",
+         "--method IG --baseline controls"),
+        ("calibration missing", remove("models/calibration.csv"), "models/calibration.csv: no such file", ""),
+    ]
+]
+ROWS += [
     Row("svm", "no --path, no run", nothing, "--modelpath none|--path", "--modelpath none", alone=True),
     Row("ttest", "no --path, no run", nothing, "--modelpath none|--path", "--modelpath none", alone=True),
     Row("heatmap", "no --path, no record", remove(RECORD), "run.json|--path", "--method LRP", alone=True),
@@ -420,6 +483,8 @@ def world(csv, lively_run, maps, tmp_path, monkeypatch) -> Path:
     monkeypatch.setenv("HOME", str(here))
     write_scan(here / "mask.nii", BLOCK)
     write_scan(here / "truth.nii", BLOCK * (VALUES > 900))
+    write_scan(here / "new.nii", VALUES // 2)
+    (here / "new.csv").write_text("new.nii\nscans/001.nii\n")
     record(RECORD, csv=str(here / "data.csv"))()
     return here
 

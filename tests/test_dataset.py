@@ -4,6 +4,7 @@ import contextlib
 import hashlib
 import itertools
 import os
+import pickle
 import re
 import shutil
 from pathlib import Path
@@ -14,20 +15,34 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
-from cohorts import AFFINE, cohort_of, scans_of, tiny_cohort, two_groups, voxels, write_csv, write_scan
+from cohorts import (
+    AFFINE,
+    OBLIQUE,
+    cohort_of,
+    read_nifti,
+    scans_of,
+    stacked,
+    tiny_cohort,
+    two_groups,
+    voxels,
+    write_csv,
+    write_scan,
+)
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from nilearn.image import resample_to_img
 
 import dataset
-from internals import caches, storage
+from internals import caches, nifti, storage
+from internals.caches import Cache
 from internals.errors import InputError
 
 TINY = (5, 6, 7)
 
 
-def read_text(folder: Path, text: str) -> pd.DataFrame:
+def read_text(folder: Path, text: str, labelled: bool = True) -> pd.DataFrame:
     (folder / "data.csv").write_bytes(text.encode(errors="surrogateescape"))
-    return dataset.read_csv(folder / "data.csv")
+    return dataset.read_csv(folder / "data.csv", labelled)
 
 
 def cells(table: pd.DataFrame) -> list[list[object]]:
@@ -48,9 +63,61 @@ NAMED = [["a.nii", 0, "007"], ["sub/b.nii", 1, "NA"]]
 )  # fmt: skip
 def test_csv_forms(tmp_path, text, expected):
     table = read_text(tmp_path, text)
+    assert read_text(tmp_path, text, labelled=False).equals(table)
     assert cells(table) == expected
     assert list(table["file"]) == [tmp_path / "a.nii", tmp_path / "sub/b.nii"]
     assert list(table.index) == [0, 1]
+
+
+@pytest.mark.parametrize(
+    ("text", "labels", "subjects"),
+    [
+        ("a.nii\nsub/b.nii\n", "??", None), ('\ufeff"a.nii"\r\n\r\n sub/b.nii', "??", None),
+        ("a.nii,\nsub/b.nii,1\n", "?1", None), ("a.nii,0\nsub/b.nii\n", "0?", None),
+        ("path\na.nii\nsub/b.nii\n", "??", None), (" PATH \r\na.nii\r\nsub/b.nii", "??", None),
+        ("path,label\na.nii,\nsub/b.nii,0\n", "?0", None), ("label,path\n,a.nii\n ,sub/b.nii", "??", None),
+        ("path,subject\na.nii,007\nsub/b.nii,NA\n", "??", ["007", "NA"]),
+        ("subject,age,path\n007,61,a.nii\nNA,,sub/b.nii\n", "??", ["007", "NA"]),
+        ("path,label,subject\na.nii,1,007\nsub/b.nii, ,NA\n", "1?", ["007", "NA"]),
+        ("path,diagnosis\na.nii,0\nsub/b.nii,1\n", "??", None),
+    ],
+)  # fmt: skip
+def test_csv_forms_of_scans_whose_labels_are_not_known(tmp_path, text, labels, subjects):
+    """One column, or a label that is blank; with labels asked for, as by default, none of these is taken."""
+    table = read_text(tmp_path, text, labelled=False)
+    assert list(table.columns) == ["path", "label", "subject", "file"]
+    assert list(table["path"]) == ["a.nii", "sub/b.nii"]
+    assert table["label"].dtype == np.int64
+    assert list(table["label"]) == [dataset.UNKNOWN if label == "?" else int(label) for label in labels]
+    assert list(table["subject"]) == (subjects or ["a.nii", "sub/b.nii"])
+    assert list(table["file"]) == [tmp_path / "a.nii", tmp_path / "sub/b.nii"]
+    assert list(table.index) == [0, 1]
+    for read in (lambda: read_text(tmp_path, text), lambda: read_text(tmp_path, text, labelled=True)):
+        with pytest.raises(InputError, match=r"data\.csv: .*label"):
+            read()
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("", "no scans"), ("\n\n", "no scans"), ("path\n", "no scans"), ("path,subject\n", "no scans"),
+        ("a.nii,0,s1\nb.nii,1,s2\n", "one column (path) or two (path, label)|header|found 3"),
+        ("label\n0\n", "header|'path'|['label']"), ("file,label\na.nii,0\n", "header|'path'"),
+        ("path,path\na.nii,b.nii\n", "header|once"), ("path,age,age\na.nii,0,1\n", "header|once"),
+        ("a.nii,0\nb.nii,2\n", "row 2|label '2'|0 or 1"), ("path,label\na.nii,\nb.nii,-1\n", "row 3|'-1'"),
+        ("path,label\na.nii,NA\n", "row 2|'NA'"), ("a.nii,s1\n", "row 1|'s1'|not 0 or 1"),
+        ("a.nii\nb.nii,1\n", "row 2: 2 cells, expected 1 in a row"), ("path\na.nii\n ,\n", "row 3: 2 cells"),
+        ("path,subject\na.nii,s\n,t\n", "row 3|path|blank"), ("label,path\n0,a.nii\n1\n", "row 3|path|blank"),
+        ("path,subject\na.nii,s\nb.nii,\n", "row 3|subject|blank"),
+        ("a.nii\nb.nii\nsub/../a.nii\n", "row 3|sub/../a.nii|twice"),
+        ("~no-such-user-here/a.nii\n", "row 1|~no-such-user-here/a.nii"),
+        ("\udce9.nii\n", "cannot be read as a CSV"),
+    ],
+)  # fmt: skip
+def test_csv_errors_of_scans_whose_labels_are_not_known(tmp_path, text, words):
+    with pytest.raises(InputError) as error:
+        read_text(tmp_path, text, labelled=False)
+    assert [word for word in ["data.csv", *words.split("|")] if word not in str(error.value)] == []
 
 
 def test_csv_paths(tmp_path, monkeypatch):
@@ -84,6 +151,8 @@ def test_csv_paths(tmp_path, monkeypatch):
         ("a.nii,0\nb.nii,1,x\n", "row 2: 3 cells, expected 2 in a row"),
         ("~no-such-user-here/a.nii,0\nb.nii,1\n", "row 1|~no-such-user-here/a.nii"),
         ("\udce9.nii,0\n", "cannot be read as a CSV"),
+        ("path\na.nii\n", "header|'path' and 'label'"), ("path,subject\na.nii,s\n", "'path' and 'label'"),
+        ("path,label\na.nii,-1\n", "row 2|label '-1'"), ("label\n0\n", "header|'path' and 'label'"),
     ],
 )  # fmt: skip
 def test_csv_errors(tmp_path, text, words):
@@ -158,18 +227,200 @@ def test_digest_is_that_of_samples_one_after_the_other(tmp_path, monkeypatch, pi
     """Whatever threads take which files; the digest is in the records of earlier versions."""
     monkeypatch.setattr(dataset, "PIECE", piece)
     monkeypatch.setattr(dataset, "LOOKERS", 3)
-    csv, digest = tiny_cohort(tmp_path, 11), hashlib.sha256()
+    csv, samples = tiny_cohort(tmp_path, 11), []
     write_scan(tmp_path / "4.nii", voxels(4, shape=(30, 40, 50)))  # larger than its samples
     for number in range(11):
         content = (tmp_path / f"{number}.nii").read_bytes()
-        digest.update(f"\n{len(content)} ".encode())
-        for start in np.linspace(0, max(len(content) - 4096, 0), 16, dtype=np.int64):
-            digest.update(content[start : start + 4096])
-    assert dataset.scans_digest(dataset.read_csv(csv)) == digest.hexdigest()
+        starts = np.linspace(0, max(len(content) - 4096, 0), 16, dtype=np.int64)
+        sampled = b"".join(content[start : start + 4096] for start in starts)
+        samples.append(f"\n{len(content)} ".encode() + sampled)
+    table = dataset.read_csv(csv)
+    assert dataset.scans_digest(table) == hashlib.sha256(b"".join(samples)).hexdigest()
+    assert dataset.scan_digests(table) == [hashlib.sha256(each).hexdigest() for each in samples]
     for number in (8, 3, 5):
         (tmp_path / f"{number}.nii").unlink()
-    with pytest.raises(InputError, match=r"^3\.nii: cannot be read \(No such file or directory\)$"):
-        dataset.scans_digest(dataset.read_csv(csv))
+    for digests in (dataset.scans_digest, dataset.scan_digests):
+        with pytest.raises(InputError, match=r"^3\.nii: cannot be read \(No such file or directory\)$"):
+            digests(table)
+
+
+def test_digest_of_a_scan_is_that_of_its_copy_and_of_no_other(tmp_path):
+    names = [f"{number}.nii" for number in range(9)]
+    write_scan(tmp_path / "0.nii", voxels(0, shape=(30, 40, 50)))
+    content = (tmp_path / "0.nii").read_bytes()
+    for name in names[1:]:
+        (tmp_path / name).write_bytes(content)
+    last = len(content) - 1
+    middle = (len(content) - 4096) * 7 // 15 + 2000  # in the eighth sample
+    for name, place in zip(names[2:5], (0, middle, last), strict=True):
+        overwrite(tmp_path / name, content[:place] + bytes([content[place] ^ 1]) + content[place + 1 :])
+    (tmp_path / "5.nii").write_bytes(content + b"!")
+    (tmp_path / "6.nii").write_bytes(content[:-1])
+    os.utime(tmp_path / "7.nii", ns=(0, 0))
+    (tmp_path / "sub").mkdir()
+    (tmp_path / "8.nii").rename(tmp_path / "sub/8.nii.gz")
+    csv = write_csv(tmp_path / "new.csv", [(name,) for name in [*names[:8], "sub/8.nii.gz"]])
+    digests = dataset.scan_digests(dataset.read_csv(csv, labelled=False))
+    assert [digest == digests[0] for digest in digests] == [True] * 2 + [False] * 5 + [True] * 2
+    assert len(set(digests)) == 6
+
+
+# New scans ---------------------------------------------------------------------------------------
+
+
+def run_grid(folder: Path, shape: tuple[int, ...] = TINY, affine: np.ndarray = AFFINE) -> dataset.Grid:
+    """A grid that is read from a file, as that of a run is."""
+    folder.mkdir(exist_ok=True)
+    return nifti.read_grid(write_scan(folder / "of run.nii.gz", voxels(9, shape=shape), affine))
+
+
+def listed(folder: Path, *names: str) -> pd.DataFrame:
+    return dataset.read_csv(write_csv(folder / "new.csv", [(name,) for name in names]), labelled=False)
+
+
+def test_new_scans_lie_on_the_runs_grid_or_are_brought_there(tmp_path):
+    like, values = run_grid(tmp_path / "run"), voxels(3, shape=TINY)
+    write_scan(tmp_path / "fine.nii", values, AFFINE + 5e-4 * np.eye(4, k=3))  # half a micrometre off
+    write_scan(tmp_path / "turned.nii", values.transpose(1, 0, 2))
+    write_scan(tmp_path / "moved.nii", values, AFFINE + np.eye(4, k=3))
+    for names in (["fine.nii", "turned.nii", "moved.nii"], ["turned.nii", "moved.nii", "fine.nii"]):
+        table = listed(tmp_path, *names)
+        with pytest.raises(InputError) as error:
+            dataset.check_new_scans(table, like, resample=False)
+        message = str(error.value)
+        assert message.startswith("2 of 3 scans cannot be used: turned.nii: shape (6, 5, 7), the run has ")
+        assert "(5, 6, 7); --resample brings it there" in message
+        assert "; moved.nii: its affine differs from the run's" in message
+        assert message.count("--resample") == 2
+        found = dataset.check_new_scans(table, like, resample=True)
+        assert found.grid is like
+        assert found.resampled
+        assert found.scans_sha256 == dataset.scans_digest(table)
+    found = dataset.check_new_scans(listed(tmp_path, "fine.nii"), like, resample=False)
+    assert (found.grid.mismatch(like, "the run"), found.resampled) == ("", False)
+
+
+def test_new_scans_of_a_run_whose_grid_is_not_known_share_the_firsts(tmp_path):
+    write_scan(tmp_path / "turned.nii", voxels(3, shape=(6, 5, 7)), OBLIQUE)
+    write_scan(tmp_path / "fine.nii", voxels(4, shape=TINY))
+    found = dataset.check_new_scans(listed(tmp_path, "turned.nii"), None, resample=False)
+    assert (found.grid.shape, found.resampled) == ((6, 5, 7), False)
+    with pytest.raises(InputError) as error:
+        dataset.check_new_scans(listed(tmp_path, "turned.nii", "fine.nii"), None, resample=False)
+    words = "fine.nii: shape (5, 6, 7), the first scan has (6, 5, 7)"
+    assert str(error.value) == f"1 of 2 scans cannot be used: {words}"
+
+
+def test_new_scans_that_no_grid_helps(tmp_path):
+    """They are named at once, as those of a run are, whether they lie on its grid or not."""
+    like, values = run_grid(tmp_path / "run"), voxels(3, shape=(6, 5, 7))
+    write_scan(tmp_path / "turned.nii", values)
+    write_scan(tmp_path / "4D.nii", np.stack([values] * 2, axis=-1))
+    write_scan(tmp_path / "constant.nii", np.full((6, 5, 7), 7, np.int16))
+    write_scan(tmp_path / "far.nii", values, AFFINE + 500 * np.eye(4, k=3))
+    hole = values.astype(np.float32)
+    hole[0, 1, 2] = np.nan
+    write_scan(tmp_path / "nan.nii", hole)
+    wrong = {
+        "gone.nii": "no such file",
+        "4D.nii": "expected one 3D volume, found shape (6, 5, 7, 2)",
+        "constant.nii": "is constant (every voxel is 7)",
+        "far.nii": "",
+        "nan.nii": "has voxels that are NaN or infinite",
+    }
+    with pytest.raises(InputError) as error:
+        dataset.check_new_scans(listed(tmp_path, "turned.nii", *wrong), like, resample=True)
+    message = str(error.value)
+    assert message.startswith("5 of 6 scans cannot be used: ")
+    assert [name for name, words in wrong.items() if f"{name}: {words}" not in message] == []
+    assert "turned.nii" not in message
+
+
+# smaller voxels, partly beyond the scan; turned by 20 degrees; larger voxels, all within the scan
+ONTO = {
+    "shifted": ((8, 9, 7), AFFINE @ nib.affines.from_matvec(np.diag([0.9, 0.8, 1.1]), [-2.4, 3.2, 4.1])),
+    "turned": ((12, 13, 14), OBLIQUE @ nib.affines.from_matvec(np.eye(3), [-2, 3, -1])),
+    "within": ((4, 4, 5), AFFINE @ nib.affines.from_matvec(2 * np.eye(3), [1.5, 1.2, 1.7])),
+}
+
+
+@pytest.mark.parametrize("low", [0, -50, 120])
+@pytest.mark.parametrize(("shape", "affine"), ONTO.values(), ids=ONTO)
+def test_scan_is_brought_onto_a_grid_as_by_nilearn(tmp_path, shape, affine, low):
+    """Within its outermost voxels' centres; a voxel further out there is its minimum."""
+    values = (low + 20 + 100 * np.random.default_rng(2).random((10, 11, 12))).astype(np.float32)
+    values[3:7, 4:8, 4:9] += 780  # so that the highest is within
+    values[5, 5, 6] = low
+    file = write_scan(tmp_path / "scan.nii", values)
+    onto = run_grid(tmp_path / "run", shape, affine)
+    options = {"interpolation": "linear", "force_resample": True, "copy_header": True, "fill_value": low}
+    moved = resample_to_img(
+        read_nifti(file), read_nifti(tmp_path / "run/of run.nii.gz"), **options
+    ).get_fdata()
+    there = np.linalg.inv(AFFINE) @ onto.affine
+    place = nib.affines.apply_affine(there, np.moveaxis(np.indices(shape), 0, -1))
+    inside = ((place >= 0) & (place <= np.array(values.shape) - 1)).all(axis=-1)
+    outside = ((place < -1) | (place > values.shape)).any(axis=-1)
+    least, most = (low if outside.any() else moved[inside].min()), moved[inside].max()
+
+    found = dataset.read_scan(file, onto)
+    assert (found.shape, found.dtype) == (shape, np.float32)
+    # float32 rounds voxel, minimum and range (2^-15 of less than 1024 each) and the quotient (2^-25)
+    assert most - least > 500
+    exact = (moved - least) / (most - least)
+    assert np.allclose(found[inside], exact[inside], rtol=0, atol=4 * 2**-15 / 500)
+    assert inside.sum() > 50
+    assert (found[outside] == 0).all()
+    assert outside.any() == (shape != ONTO["within"][0])
+    assert (found.min(), found.max()) == (0, 1)
+
+
+def test_scan_that_lies_on_the_grid_stays_as_it_is(tmp_path):
+    values = (np.random.default_rng(1).random(TINY) * 200 + 20).astype(np.float32)
+    for affine in (AFFINE, OBLIQUE):
+        onto = run_grid(tmp_path / "run", affine=affine)
+        for off in (0, 5e-4):  # mm, half a micrometre
+            file = write_scan(tmp_path / "scan.nii.gz", values, affine + off * np.eye(4, k=3))
+            assert np.array_equal(dataset.read_scan(file, onto), dataset.read_scan(file))
+    moved = write_scan(tmp_path / "moved.nii.gz", values, OBLIQUE + 0.4 * np.eye(4, k=3))
+    assert not np.allclose(dataset.read_scan(moved, onto), dataset.read_scan(moved), atol=0.01)
+
+
+def new_cohort(folder: Path, like: dataset.Grid, *names: str) -> dataset.Cohort:
+    """New scans, which are brought onto the grid of a run."""
+    table = listed(folder, *names)
+    checked = dataset.check_new_scans(table, like, resample=True)
+    return dataset.Cohort(folder / "new.csv", table, checked, pd.DataFrame(), 0)
+
+
+@pytest.mark.parametrize("kind", ["ram", "disk", "none"])
+def test_opened_scans_lie_on_the_runs_grid(tmp_path, kind):
+    """Wherever they are kept, also where other processes read them."""
+    like = run_grid(tmp_path / "run", (6, 5, 8), OBLIQUE)
+    for number in range(4):
+        write_scan(tmp_path / f"{number}.nii", voxels(number, shape=TINY), AFFINE + number * np.eye(4, k=3))
+    write_scan(tmp_path / "1.nii", voxels(1, shape=(6, 5, 8)), OBLIQUE)
+    cohort = new_cohort(tmp_path, like, *(f"{number}.nii" for number in range(4)))
+    scans = cohort.open_scans(Cache(kind, tmp_path / "cache"))
+    wanted = np.stack([dataset.read_scan(tmp_path / f"{number}.nii", like) for number in range(4)])[:, None]
+    assert wanted.shape == (4, 1, 6, 5, 8)
+    assert np.array_equal(stacked(scans), wanted)
+    assert np.array_equal(stacked(pickle.loads(pickle.dumps(scans))), wanted)
+    batches = list(scans.loader([3, 0, 2, 1], 3, workers=2))
+    assert np.array_equal(torch.cat([volumes for volumes, _ in batches]), wanted[[3, 0, 2, 1]])
+    assert torch.cat([labels for _, labels in batches]).tolist() == [dataset.UNKNOWN] * 4
+
+
+def test_scans_kept_on_one_grid_are_not_taken_for_those_on_another(tmp_path):
+    """The same files and the same shape, and another place."""
+    write_scan(tmp_path / "0.nii", voxels(0, shape=TINY))
+    found = set()
+    for affine in (AFFINE, AFFINE + 2 * np.eye(4, k=3), OBLIQUE):
+        cohort = new_cohort(tmp_path, run_grid(tmp_path / "run", affine=affine), "0.nii")
+        scans = cohort.open_scans(Cache("disk", tmp_path / "cache"))
+        assert np.array_equal(scans[0][0][0], dataset.read_scan(tmp_path / "0.nii", cohort.grid))
+        found.add(scans[0][0].numpy().tobytes())
+    assert len(found) == 3
 
 
 # What a run remembers of the files ---------------------------------------------------------------

@@ -9,7 +9,7 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
-from typing import NamedTuple
+from typing import Any, NamedTuple
 from unittest.mock import patch
 
 import nibabel as nib
@@ -23,6 +23,7 @@ import dataset
 import figures
 import heatmap
 import overlap
+import predict
 import sanity
 import simulate
 import svm
@@ -34,12 +35,18 @@ from internals.caches import Cache
 from internals.errors import Failure
 
 ROOT = Path(__file__).resolve().parents[1]
+UNFINISHED = ("progress_", "findings_", "sums_", "found_")
 COMMANDS: dict[str, tuple[ModuleType, str]] = {  # what fills each place
     "models": (train_cv, f"--path CSV {' '.join(TRAINED)} --cache disk --outpath AT/models"),
     "maps/IG-controls": (
         heatmap,
         "--method IG --steps 1 --baseline controls --save-subjects --modelpath AT/models --outpath AT/maps "
         "--device cpu",
+    ),
+    "predictions": (predict, "--path CSV --modelpath AT/models --outpath AT/predictions --device cpu"),
+    "new/GGC": (
+        heatmap,
+        "--method GGC --scans CSV --modelpath AT/models --outpath AT/new --save-subjects --device cpu",
     ),
     "maps/SVM": (svm, "--modelpath AT/models --outpath AT/maps --C 1"),
     "ttest/TTEST": (ttest, "--path CSV --modelpath none --outpath AT/ttest --fold 4 --val-fraction 0.34"),
@@ -95,13 +102,12 @@ def at(world, tmp_path) -> World:
 def test_every_file_of_every_command_is_written_as_a_whole(world):
     files = {path for place in COMMANDS for path in (world.folder / place).rglob("*") if path.is_file()}
     assert files - world.written == set()
+    known, found = set[Any](), set[Any]()
     for place, (command, _) in COMMANDS.items():
         patterns = command.FILES.of_all() if command is not simulate else []
-        unfinished = {
-            pattern for pattern in patterns if pattern.startswith(("progress_", "findings_", "sums_"))
-        }
-        for pattern in set(patterns) - unfinished:
-            assert list((world.folder / place).glob(pattern)), pattern
+        known |= {(command, pattern) for pattern in patterns if not pattern.startswith(UNFINISHED)}
+        found |= {(command, pattern) for pattern in patterns if list((world.folder / place).glob(pattern))}
+    assert known - found == set()
     assert any(path.parent.name == "cache" for path in files)
 
 
@@ -153,6 +159,7 @@ def results(folder: Path) -> dict[str, bytes]:
 @pytest.mark.parametrize(
     ("place", "name"),
     [("models", "history_f1.csv"), ("maps/IG-controls", "subjects/f1_00001_001.nii.gz"),
+     ("predictions", "network_f0.csv"), ("new/GGC", "subjects/00003_003.png"),
      ("maps/SVM", "predictions.csv"), ("overlap", "overlap.png"), ("cohort", "scans/sub-003_T1w.nii.gz")],
 )  # fmt: skip
 def test_full_disk_is_one_line_and_the_call_goes_on(at, world, full, monkeypatch, capsys, place, name):
@@ -170,10 +177,10 @@ def test_full_disk_is_one_line_and_the_call_goes_on(at, world, full, monkeypatch
 def test_killed_reading_process_is_one_line(at, monkeypatch, capfd):
     honest = dataset.read_scan
 
-    def killed(file: Path) -> np.ndarray:
+    def killed(*arguments: Any) -> np.ndarray:
         if torch.utils.data.get_worker_info() is not None:
             os.kill(os.getpid(), signal.SIGKILL)
-        return honest(file)
+        return honest(*arguments)
 
     monkeypatch.setattr(dataset, "read_scan", killed)
     assert at.call("models", f"--outpath {at.folder}/new --cache none --workers 1") == 1

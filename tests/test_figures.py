@@ -10,6 +10,7 @@ import pandas as pd
 import pytest
 from cohorts import AFFINE, contents
 
+import calibration
 import figures
 import sanity_scores
 
@@ -40,6 +41,38 @@ def test_maps_are_drawn_under_the_outline_of_a_reference(tmp_path):
     scan = nib.Nifti1Image(SCAN, AFFINE)
     figures.draw_overlap_maps(values, reference[brain], brain, scan, "title", tmp_path / "map.png")
     check_picture(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("thousandths", "share"), [([0], 0), ([1000] * 3, 1), ([400, 410, 420], 1), ([*range(0, 1001, 13)], 0.5)]
+)
+def test_reliability_is_drawn_whatever_the_bins(tmp_path, monkeypatch, thousandths, share):
+    """One bin, or all; of one label, or both; a point per bin, between the ends of its interval."""
+    drawn, save = [], figures._save
+    monkeypatch.setattr(figures, "_save", lambda *words, dpi: drawn.append(words[0]) or save(*words, dpi))
+    prob_1 = np.array(thousandths) / 1000
+    label = (np.arange(len(prob_1)) < share * len(prob_1)).astype(int)
+    before, after = (calibration.reliability(label, values) for values in (prob_1, prob_1**2))
+    rounded = after.assign(low=after["low"] + 1e-16, high=after["high"] - 1e-16)  # beyond shares of 0 and 1
+    bins = {"before": before, "after": rounded}
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        figures.draw_calibration(bins, tmp_path / "map.png")
+    check_picture(tmp_path)
+    for axis, (words, table) in zip(drawn[0].axes, bins.items(), strict=True):
+        assert axis.get_title() == words
+        (points,) = axis.containers
+        assert points.lines[0].get_xydata().tolist() == table[["prob_1", "share"]].to_numpy().tolist()
+        (ends,) = points.lines[2]
+        heights = [line[:, 1].tolist() for line in ends.get_segments()]
+        # an end that rounding puts on the wrong side of its share is drawn at it
+        assert heights == [
+            pytest.approx(row, abs=1e-12) for row in table[["low", "high"]].to_numpy().tolist()
+        ]
+        assert [text.get_text() for text in axis.texts] == [str(n) for n in table["n"]]
+        low, high = axis.get_ylim()
+        assert low < 0
+        assert high > 1
 
 
 def found(orders: tuple[str, ...]) -> pd.DataFrame:

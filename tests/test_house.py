@@ -9,12 +9,22 @@ FLOORS = [
     ["internals"],
     ["utils"],
     ["dataset", "brain_maps", "models"],
-    ["runs", "training", "classifier_scores", "overlap_scores"],
-    ["lrp", "ig", "ggc", "gradient", "occlusion", "randomizing", "faithfulness", "sanity_scores"],
-    ["methods", "selfcheck", "figures"],
+    ["runs", "training", "classifier_scores", "overlap_scores", "atypical"],
+    [
+        "lrp",
+        "ig",
+        "ggc",
+        "gradient",
+        "occlusion",
+        "randomizing",
+        "faithfulness",
+        "sanity_scores",
+        "calibration",
+    ],
+    ["methods", "selfcheck", "figures", "model_card"],
     ["explaining", "voxelwise"],
     ["patterns", "checking"],
-    ["train_cv", "heatmap", "svm", "ttest", "overlap", "sanity", "simulate"],
+    ["train_cv", "heatmap", "predict", "svm", "ttest", "overlap", "sanity", "simulate"],
 ]
 FLOOR = {room: floor for floor, rooms in enumerate(FLOORS) for room in rooms}
 

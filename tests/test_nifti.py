@@ -1,6 +1,7 @@
 """nifti.py: what is read and what is refused, and maps that lie where the scans lie."""
 
 import gzip
+import itertools
 import os
 import re
 import struct
@@ -244,3 +245,88 @@ def test_map_values_are_float32_and_unscaled(tmp_path):
     assert found.header["cal_max"] == found.header["cal_min"] == 0
     assert header == before
     assert np.array_equal(values, kept)
+
+
+# Onto another grid -------------------------------------------------------------------------------
+
+
+def like(shape: tuple[int, int, int], affine: np.ndarray) -> nifti.Grid:
+    return nifti.Grid(shape, affine, nib.Nifti1Header())
+
+
+def places(own: np.ndarray, grid: nifti.Grid) -> np.ndarray:
+    """Where the voxels of a grid lie, (X, Y, Z, 3), in voxels of another affine."""
+    there = np.linalg.inv(own) @ grid.affine
+    return nib.affines.apply_affine(there, np.moveaxis(np.indices(grid.shape), 0, -1))
+
+
+def at(values: np.ndarray, index: np.ndarray, fill: float) -> np.ndarray:
+    """The voxels at some indices (..., 3), `fill` where there are none."""
+    inside = ((index >= 0) & (index < SHAPE)).all(axis=-1)
+    found = values[tuple(np.moveaxis(index.clip(0, np.array(SHAPE) - 1), -1, 0))]
+    return np.where(inside.reshape(inside.shape + (1,) * (values.ndim - 3)), found, fill)
+
+
+def nearest(values: np.ndarray, place: np.ndarray, fill: float) -> np.ndarray:
+    return at(values, np.rint(place).astype(int), fill)
+
+
+def linear(values: np.ndarray, place: np.ndarray, fill: float) -> np.ndarray:
+    """The eight voxels around each place, weighted; those that there are none of count as `fill`."""
+    base, total = np.floor(place).astype(int), np.zeros((*place.shape[:3], *values.shape[3:]))
+    for corner in itertools.product((0, 1), repeat=3):
+        weight = np.abs(1 - np.array(corner) - (place - base)).prod(axis=-1)
+        total += weight.reshape(weight.shape + (1,) * (values.ndim - 3)) * at(values, base + corner, fill)
+    return total
+
+
+# beyond the image on every side, and finer; turned and flipped; flipped and shifted; wholly within the image
+WIDE = AFFINE @ nib.affines.from_matvec(np.diag([0.7, 0.6, 0.8]), [-1.7, -2.3, -1.9])
+ELSEWHERE = {
+    "wide": like((12, 15, 13), WIDE),
+    "turned": like((7, 8, 9), OBLIQUE @ nib.affines.from_matvec(np.diag([1, -1, 0.8]), [-1, 4, -1])),
+    "flipped": like((5, 7, 6), AFFINE @ nib.affines.from_matvec(np.diag([-1.0, 1, 1]), [3.2, -1.4, 0.4])),
+    "inside": like((2, 3, 4), AFFINE @ nib.affines.from_matvec(np.eye(3), [0.3, 1.2, 0.6])),
+}
+
+
+@pytest.mark.parametrize("fill", [0, -2.5, 7])
+@pytest.mark.parametrize("several", [(), (3,)], ids=["3D", "4D"])
+@pytest.mark.parametrize(("interpolation", "oracle"), [("nearest", nearest), ("linear", linear)])
+@pytest.mark.parametrize("grid", ELSEWHERE.values(), ids=ELSEWHERE)
+def test_resampled_voxels_are_those_of_their_place_in_mm(grid, interpolation, oracle, several, fill):
+    values = white((*SHAPE, *several), 5)
+    kept, place = values.copy(), places(AFFINE, grid)
+    found, wanted = nifti.resample(values, AFFINE, grid, interpolation, fill), oracle(values, place, fill)
+    assert found.shape == (*grid.shape, *several)
+    assert found.dtype == np.float32
+    # halfway between voxels either is the nearest
+    sure = (np.abs(place - np.floor(place) - 0.5) > 1e-6).all(axis=-1) | (interpolation == "linear")
+    assert sure.mean() > 0.5
+    # a value below 8, rounded to float32
+    assert np.allclose(found[sure], wanted[sure], rtol=0, atol=2**-21)
+    assert np.array_equal(values, kept)
+    beyond = ((place < -1) | (place > SHAPE)).any(axis=-1)
+    assert (found[beyond] == fill).all()
+    assert beyond.any() == (grid is not ELSEWHERE["inside"])
+
+
+@pytest.mark.parametrize("several", [(), (3,)], ids=["3D", "4D"])
+@pytest.mark.parametrize("interpolation", ["nearest", "linear"])
+@pytest.mark.parametrize("affine", [AFFINE, OBLIQUE], ids=["straight", "oblique"])
+def test_resampled_where_it_lies_already_it_stays(affine, interpolation, several):
+    values = white((*SHAPE, *several), 5)
+    assert np.array_equal(nifti.resample(values, affine, like(SHAPE, affine), interpolation, -9), values)
+
+
+@pytest.mark.parametrize("several", [(), (2,)], ids=["3D", "4D"])
+@pytest.mark.parametrize("fill", [0, -2.5])
+@pytest.mark.parametrize("shift", [*(500 * np.eye(3)), *(-500 * np.eye(3)), [500, -500, 500]])
+def test_resampled_from_elsewhere_nothing_is_there(shift, fill, several):
+    affine = AFFINE @ nib.affines.from_matvec(np.eye(3), shift)
+    for interpolation in ("nearest", "linear"):
+        values = white((*SHAPE, *several), 5)
+        found = nifti.resample(values, affine, like((7, 5, 6), AFFINE), interpolation, fill)
+        assert found.shape == (7, 5, 6, *several)
+        assert (found == fill).all()
+        assert found.dtype == np.float32

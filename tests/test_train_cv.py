@@ -26,6 +26,7 @@ from cohorts import (
     load_network,
     load_volume,
     only_error,
+    read_nifti,
     read_table,
     voxels,
     write_csv,
@@ -33,6 +34,8 @@ from cohorts import (
 )
 from interruptions import ends_after
 
+import atypical
+import calibration
 import classifier_scores
 import dataset
 import figures
@@ -47,7 +50,12 @@ ROOT = Path(train_cv.__file__).parent
 PREDICTIONS = ["fold", "path", "label", "subject", "prob_1", "predicted"]
 HISTORY = ["epoch", "train_loss", "valid_loss", "valid_accuracy", "seconds"]
 SCORES = ["accuracy", "balanced_accuracy", "auc", "sensitivity", "specificity"]
-SUMMARY = {"predictions.csv", "metrics.csv", "training.png"}
+CALIBRATED = [*PREDICTIONS, "prob_1_calibrated"]
+PROBABLE = ["brier", "log_loss", "brier_calibrated", "log_loss_calibrated"]
+PICTURES = {"training.png", "calibration.png"}
+MEANS = {f"mean_{of}_f{fold}.nii.gz" for of in ("train", "controls") for fold in range(K)}
+SUMMARY = {"predictions.csv", "metrics.csv", "calibration.csv", "scans.csv", "typical.csv", "model_card.md"}
+SUMMARY |= PICTURES | MEANS
 FOLD_0, FOLD_1 = ({f"history_f{fold}.csv", f"state_dict_f{fold}.pth"} for fold in range(K))
 FILES = {"run.json", "folds.csv", *FOLD_0, *FOLD_1, *SUMMARY}
 
@@ -124,7 +132,7 @@ def test_tables(run, csv):
     assert folds[:12]["path"].tolist() == [f"scans/{i:03d}.nii" for i in range(12)]
     assert folds[:12]["subject"].tolist() == SUBJECTS
 
-    assert list(predictions.columns) == PREDICTIONS
+    assert list(predictions.columns) == CALIBRATED
     own, tests = PREDICTIONS[:4], folds[folds["role"] == "test"]
     assert predictions[own].to_numpy().tolist() == tests[own].to_numpy().tolist()
     assert sorted(predictions["path"]) == [f"scans/{i:03d}.nii" for i in range(12)]
@@ -132,7 +140,9 @@ def test_tables(run, csv):
 
     metrics = pd.read_csv(run / "metrics.csv")
     bounds = [f"{name}_{end}" for name in SCORES for end in ("low", "high")]
-    assert list(metrics.columns) == ["fold", "n", *SCORES, "tp", "tn", "fp", "fn", *bounds, "subjects"]
+    ends = [f"{name}_{end}" for name in PROBABLE for end in ("low", "high")]
+    first = ["fold", "n", *SCORES, "tp", "tn", "fp", "fn", *bounds, "subjects"]
+    assert list(metrics.columns) == [*first, *PROBABLE, *ends]
     assert list(metrics["fold"]) == ["0", "1", "pooled"]
     numbers = metrics.columns[1:]
     expected = classifier_scores.metrics_table(predictions, seed=3)[numbers].to_numpy(float)
@@ -146,6 +156,64 @@ def test_tables(run, csv):
         assert (history["seconds"] > 0).all()
         right = history["valid_accuracy"] * ((folds["fold"] == fold) & (folds["role"] == "val")).sum()
         assert np.allclose(right, right.round(), rtol=0, atol=1e-6)  # whole scans, in float32
+
+
+def test_probabilities_are_calibrated_on_the_validation_scans(run, csv):
+    """By plain PyTorch; on the scans whose role is val, and on no others."""
+    folds, predictions = (read_table(run / name) for name in ("folds.csv", "predictions.csv"))
+    found = pd.read_csv(run / "calibration.csv").fillna({"note": ""}).set_index("fold")
+    assert list(found.index) == ["0", "1", "pooled"]
+    for fold in range(K):
+        network = load_network(run / f"state_dict_f{fold}.pth")
+        rows = folds[(folds["fold"] == fold) & (folds["role"] == "val")]
+        with torch.no_grad():
+            logits = torch.cat([network(load_volume(csv.parent / path)) for path in rows["path"]]).double()
+        margin = (logits[:, 1] - logits[:, 0]).numpy()
+        temperature, note = calibration.fit_temperature(margin, rows["label"].to_numpy())
+        # float32 logits, in batches or one by one
+        assert found.loc[str(fold), "temperature"] == pytest.approx(temperature, rel=1e-3)
+        assert found.loc[str(fold), "note"] == note
+        own = predictions[predictions["fold"] == fold]
+        odds = np.log(own["prob_1"] / (1 - own["prob_1"])) / found.loc[str(fold), "temperature"]
+        expected = (1 / (1 + np.exp(-odds))).to_numpy()
+        assert own["prob_1_calibrated"].to_numpy() == pytest.approx(expected, abs=1e-9)
+    values = predictions["label"].to_numpy(), predictions["prob_1_calibrated"].to_numpy()
+    assert found.loc["pooled", "brier_calibrated"] == pytest.approx(((values[0] - values[1]) ** 2).mean())
+
+
+def test_what_new_scans_are_compared_with(run, csv):
+    """Training scans of each fold alone; the controls' mean is heatmap.py's baseline."""
+    table, folds = dataset.read_csv(csv), read_table(run / "folds.csv")
+    scans = read_table(run / "scans.csv")
+    assert scans["path"].tolist() == table["path"].tolist()
+    assert scans["samples_sha256"].tolist() == dataset.scan_digests(table)
+    volumes = {path: dataset.read_scan(file) for path, file in zip(table["path"], table["file"], strict=True)}
+    typical = read_table(run / "typical.csv")
+    assert typical["fold"].tolist() == [fold for fold in range(K) for _ in range(len(atypical.TRAITS) + 1)]
+    for fold in range(K):
+        train = folds[(folds["fold"] == fold) & (folds["role"] == "train")]
+        own = np.stack([volumes[path] for path in train["path"]]).astype(np.float64)
+        common = np.where((own > 0).mean(axis=0) >= 0.5, own.mean(axis=0), 0)
+        controls = own[train["label"].to_numpy() == 0].mean(axis=0)
+        for name, expected in (("train", common), ("controls", controls)):
+            found = read_nifti(run / f"mean_{name}_f{fold}.nii.gz")
+            assert np.array_equal(found.affine, AFFINE)
+            # written in float32
+            assert np.allclose(np.asarray(found.dataobj), expected, rtol=1e-6, atol=0)
+        head = atypical.Head(common.astype(np.float32), AFFINE)
+        traits = pd.DataFrame([head.traits(volumes[path]) for path in train["path"]])
+        rows = typical[typical["fold"] == fold].set_index("trait").drop(index=atypical.ANY)
+        for trait, row in rows.iterrows():
+            assert row["training_low"] == pytest.approx(np.percentile(traits[trait], 0.5))
+            assert row["training_high"] == pytest.approx(np.percentile(traits[trait], 99.5))
+        assert rows[["low", "high"]].isna().all(axis=None)  # of so few scans
+
+
+def test_model_card_is_of_this_run(run):
+    card = (run / "model_card.md").read_text()
+    metrics = pd.read_csv(run / "metrics.csv").iloc[-1]
+    assert f"{metrics['auc']:.3f} [{metrics['auc_low']:.3f}, {metrics['auc_high']:.3f}]" in card
+    assert "networks modelB2" in card
 
 
 def test_weights_are_a_plain_published_state_dict(run):
@@ -218,7 +286,8 @@ def test_second_call_keeps_everything(run_copy, csv, capsys):
     assert capsys.readouterr().out.splitlines()[-3:] == [
         "fold 0: finished before, kept",
         "fold 1: finished before, kept",
-        f"written to {run_copy}: state_dict_f*.pth, predictions.csv, metrics.csv, training.png",
+        f"written to {run_copy}: state_dict_f*.pth, predictions.csv, metrics.csv, training.png, "
+        "calibration.png, model_card.md",
     ]
 
 
@@ -305,7 +374,13 @@ MOMENTS = [
     (training, "evaluate", 4, [0], {*FOLD_0, "progress_f1.pth"}),
     (storage, "write_tensors", 1, [], {"progress_f0.pth"}),
     (storage, "write_tensors", 6, [0], {*FOLD_0, *FOLD_1, "progress_f1.pth"}),
-    (figures, "draw_training", 1, [0, 1], {*FOLD_0, *FOLD_1, *SUMMARY}),
+    (
+        figures,
+        "draw_training",
+        1,
+        [0, 1],
+        {*FOLD_0, *FOLD_1, *SUMMARY} - {"calibration.png", "model_card.md"},
+    ),
 ]
 
 
@@ -411,7 +486,8 @@ def test_array_of_jobs_that_overwrite_starts_together(run_copy, csv, run):
     assert all(times(run_copy)[name] > before[name] for name in FOLD_0 | FOLD_1)
     there, here = unclocked(run_copy), unclocked(run)
     for files in (there, here):
-        assert files.pop("metrics.csv")  # of a thousand draws there, of fifty here
+        for name in ("metrics.csv", "model_card.md"):
+            assert files.pop(name)  # of a thousand draws there, of fifty here
     assert there == here
 
 

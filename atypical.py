@@ -66,8 +66,7 @@ class Head:
     """
 
     def __init__(self, mean: np.ndarray, affine: np.ndarray) -> None:
-        self.mean, self.affine = mean, affine
-        self.inside = mean > 0
+        self.affine, self.inside = affine, mean > 0
         self.voxels = int(np.count_nonzero(self.inside))
         self.centre = _centre(self.inside, affine)
         values = mean[self.inside].astype(np.float64)

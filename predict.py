@@ -95,17 +95,12 @@ def result_folder(
     networks: TrainedNetworks,
     temperatures: Sequence[float],
     ranges: Sequence[pd.DataFrame],
-    resample: bool,
+    asked_for: Mapping[str, Any],
     where: Mapping[str, Any],
 ) -> ResultFolder:
     """Where the predictions go; its parts are the networks that predict any scan."""
     cohort, folds = run.cohort, run.folds
-    identity = {
-        "model": run.model,
-        "folds": cohort.k,
-        "resample": resample,
-        "temperatures": list(temperatures),
-    }
+    identity = {"model": run.model, "folds": cohort.k, **asked_for, "temperatures": list(temperatures)}
     identity["typical_sha256"] = storage.file_sha256(run.folder / runs.RANGES) if ranges else None
     made_from = {fold: {"weights_sha256": networks.digest(fold)} for fold in folds}
     for fold in folds if ranges else ():
@@ -185,9 +180,8 @@ def predict_scans(
     order, saved = sorted(set().union(*due.values())), time.monotonic()
     device = next(next(iter(members.values())).network.parameters()).device
     with process.steps(save) as finish_step:
-        loader = scans.loader(
-            order, 1, device=device
-        )  # one at a time, so that parts and batches change nothing
+        # one at a time, so that parts change nothing
+        loader = scans.loader(order, 1, device=device)
         for row, (volume, _) in zip(utils.progress(order, desc="predicting"), loader, strict=True):
             for fold, member in members.items():
                 if row in due[fold]:
@@ -301,18 +295,10 @@ def report(run: Run, table: pd.DataFrame, seed: int, folder: Path) -> None:
 
 
 def say_predictions(run: Run, folder: Path) -> None:
-    """Print every prediction where there are few, else how many there are of each kind; and the scores."""
+    """Print every prediction where there are few, how many there are of each kind, and the scores."""
     table = pd.read_csv(folder / "predictions.csv", dtype={"path": str, "reason": str}, keep_default_na=False)
-    members = table[[f"prob_f{fold}" for fold in range(run.cohort.k)]].apply(pd.to_numeric)
-    for row, own in (
-        zip(table.to_dict("records"), members.to_numpy(), strict=True) if len(table) <= FEW else ()
-    ):
-        marks = [
-            ", the run's own" if row["seen"] == 1 else "",
-            f", ATYPICAL: {row['reason']}" * bool(row["reason"]),
-        ]
-        spread = f"networks {np.nanmin(own):.3f} to {np.nanmax(own):.3f}"
-        print(f"{row['path']}: probability of label 1 {row['prob_1']:.3f} ({spread}){''.join(marks)}")
+    if len(table) <= FEW:
+        print("\n".join(in_words(row, run.cohort.k) for row in table.to_dict("records")))
     counts = {"as label 1": "predicted", "the run's own": "seen", "atypical": "atypical"}
     words = [f"{(table[name] == 1).sum()} {what}" for what, name in counts.items()]
     print(f"{len(table)} scans predicted by {run.cohort.k} networks {run.model}: {', '.join(words)}")
@@ -321,6 +307,15 @@ def say_predictions(run: Run, folder: Path) -> None:
         for name in (ENSEMBLE, MEAN):
             own = scores.loc[name].to_dict()
             print(f"{name}: AUC {with_interval(own, 'auc')}, Brier score {with_interval(own, 'brier')}")
+
+
+def in_words(row: Mapping[Any, Any], k: int) -> str:
+    """A row of predictions.csv, of so many networks, as people read it."""
+    own = [float(row[f"prob_f{fold}"]) for fold in range(k) if row[f"prob_f{fold}"] != ""]
+    known = ", the run's own" if row["seen"] == 1 else ""
+    odd = f", ATYPICAL: {row['reason']}" if row["reason"] else ""
+    spread = f"networks {min(own):.3f} to {max(own):.3f}"
+    return f"{row['path']}: probability of label 1 {row['prob_1']:.3f} ({spread}){known}{odd}"
 
 
 @utils.command("what is finished is saved; the same command, without --overwrite, goes on from there")
@@ -343,10 +338,11 @@ def main(argv: list[str] | None = None) -> int:
     asked = [fold for fold in chosen if fold in run.folds]
     only = asked if args.run_folds else None
     where = {"path": args.outpath, "chosen": only, "overwrite": args.overwrite, "share": share}
-    results = result_folder(run, networks, temperatures, ranges, args.resample, where)
+    asked_for = {"resample": args.resample, "seed": args.seed}
+    results = result_folder(run, networks, temperatures, ranges, asked_for, where)
     results.check(partial(check_kept, args.outpath))
 
-    about = {"csv": str(args.path.resolve()), "modelpath": str(run.folder.resolve()), "seed": args.seed}
+    about = {"csv": str(args.path.resolve()), "modelpath": str(run.folder.resolve())}
     work = f"one scan of {'x'.join(map(str, cohort.grid.shape))} voxels, {run.model}, on {device}"
     with process.out_of_memory(work, "use --device cpu, or --run-folds"):
         own = {row for fold in asked for row in share.deal(cohort.scan_indices(fold, "test"))}

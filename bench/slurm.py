@@ -6,7 +6,7 @@
 Debian's Slurm is unpacked into a temporary folder: nothing is installed, and a Slurm that is there is left
 alone. Of the training jobs one is killed, one is warned by hand and one by the time limit; a job that makes
 maps is warned, too. The warned ones go on by themselves, and submit.sh, typed again, submits what is open.
-Then the same commands run without Slurm, neither folds nor scans dealt out. All files of models/ and
+Meanwhile the same commands run without Slurm, neither folds nor scans dealt out. All files of models/ and
 heatmaps/ are compared, as bench/torture.py compares them, the records but for the name of the run's folder.
 Status 1 where one differs, or a job did not end as it should.
 """
@@ -26,6 +26,8 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, TypeVar
 
+import nibabel as nib
+import numpy as np
 import pandas as pd
 
 SUITE = Path(__file__).resolve().parents[1]
@@ -35,8 +37,11 @@ import torture  # noqa: E402
 
 import simulate  # noqa: E402
 import utils  # noqa: E402
+from internals import nifti  # noqa: E402
 
 PACKAGES = ["munge", "slurmctld", "slurmd", "slurm-client", "slurm-wlm-basic-plugins"]
+VOXEL = 2.06  # mm, the coarsest grid that modelB2 takes
+EDGE = 24  # voxels, of the block of the brain that maps are compared in
 FOLDS, PARTS, METHODS = 4, 2, "LRP Gradient"
 TRAIN = "--model modelB2 --epochs 4 --batch 3 --lr 1e-3 --cache none --workers 0"
 MAPS, CHECKS = "--save-subjects", "--scans-per-fold 1 --repeats 1 --orders"
@@ -49,6 +54,7 @@ FOLDS={FOLDS} PARTS={PARTS} METHODS='{METHODS}' TRAIN='{TRAIN}' MAPS='{MAPS}' CH
 COMPARE='{COMPARE}'
 """
 # A requeued job waits until its credential has expired: here five seconds, the least; else two minutes.
+# Slurm looks for jobs that may begin every three seconds, else every minute.
 CONFIGURATION = """
 ClusterName=bench
 SlurmctldHost={host}(127.0.0.1)
@@ -72,6 +78,7 @@ JobAcctGatherType=jobacct_gather/none
 MpiDefault=none
 SelectType=select/cons_tres
 SelectTypeParameters=CR_Core
+SchedulerParameters=sched_interval=3,bf_interval=3,batch_sched_delay=0
 SlurmdParameters=config_overrides
 MinJobAge=3600
 NodeName=here NodeHostname={host} NodeAddr=127.0.0.1 CPUs=4 RealMemory=4000
@@ -217,6 +224,17 @@ def wait_until(what: str, true: Callable[[], Found]) -> Found:
 # The disturbed run ---------------------------------------------------------------------------------
 
 
+def simulate_cohort(folder: Path) -> None:
+    """Twelve scans, their truth, and a block around some of it as the mask: a whole brain takes minutes."""
+    simulate.main(["--outpath", str(folder), "--subjects", "12", "--voxel", str(VOXEL)])
+    image = nib.Nifti1Image.from_filename(folder / "mask.nii.gz")
+    brain, places = np.asarray(image.dataobj), np.argwhere(nifti.load_map(folder / "truth.nii.gz"))
+    block = tuple(slice(place - EDGE // 2, place + EDGE // 2) for place in places[len(places) // 2])
+    narrow = np.zeros_like(brain)
+    narrow[block] = brain[block]
+    nib.save(nib.Nifti1Image(narrow, image.affine, image.header), folder / "mask.nii.gz")
+
+
 def submit(slurm: Slurm, cohort: Path) -> dict[str, str]:
     """Type submit.sh; returns the numbers of the jobs by their names, those of the last stages at least."""
     files = [cohort / name for name in ("data.csv", "truth.nii.gz", "mask.nii.gz")]
@@ -317,15 +335,15 @@ def main(argv: list[str] | None = None) -> int:
     with tempfile.TemporaryDirectory() as name:
         top = Path(name)
         cohort, disturbed, plain = top / "cohort", top / "a run", top / "plain run"
-        simulate.main(["--outpath", str(cohort), "--subjects", "12"])
+        simulate_cohort(cohort)
         disturbed.mkdir()
         plain.mkdir()
         with running_slurm(top) as slurm, contextlib.chdir(disturbed):
             Path("site.sh").write_text(SETTINGS)
+            undisturbed = start_plainly(slurm, cohort, plain)  # while jobs wait, a core is free
             numbers = submit(slurm, cohort)
             disturb_training(slurm, numbers["train"])
             good = as_expected(ends(slurm, numbers), FIRST)
-            undisturbed = start_plainly(slurm, cohort, plain)
             numbers = submit(slurm, cohort)
             disturb_maps(slurm, numbers["maps"])
             good &= as_expected(ends(slurm, numbers), SECOND)

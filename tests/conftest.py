@@ -4,12 +4,16 @@ import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
+import nibabel as nib
 import pytest
 import torch
 from cohorts import MODEL, SHAPE, TRAINED, K, load_volume, quick, write_cohort
 from hypothesis import settings
 
+import checking
 import classifier_scores
+import faithfulness
+import figures
 import heatmap
 import models
 import train_cv
@@ -22,6 +26,15 @@ def _few_draws() -> Iterator[None]:
     """Fifty bootstrap draws in place of a thousand, for speed; the bootstrap has tests of its own."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(classifier_scores, "DRAWS", 50)
+        yield
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _quick_files() -> Iterator[None]:
+    """Two slices in a row of a picture, and .nii.gz that are packed but not compressed, for speed."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(figures, "CUTS", 2)  # test_figures.py draws them all
+        patch.setattr(nib.openers.Opener, "default_compresslevel", 0)
         yield
 
 
@@ -67,6 +80,16 @@ def maps(lively_run, tmp_path_factory) -> Path:
     options += [word for method in heatmap.METHODS for word in quick(method)]
     assert heatmap.main([*options, "--device", "cpu", "--save-subjects"]) == 0
     return folder
+
+
+@pytest.fixture(scope="module")
+def few_points() -> Iterator[None]:
+    """Curves of one point between the ends: on these scans a covered scan takes longer than a map."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(faithfulness, "SHARES", (1 / 8,))
+        for module in (faithfulness, checking):
+            patch.setattr(module, "POINTS", (0.0, 1 / 8, 1.0))
+        yield
 
 
 @pytest.fixture

@@ -303,7 +303,7 @@ def trained(scans: ScanDataset, rows: list[int], seed: int) -> CNN3d:
 def that_learned(scans: ScanDataset, tested: list[int]) -> CNN3d:
     """The network of the first seed that tells other scans apart, too; processors differ in which that is."""
     volumes, labels = zip(*(scans[row] for row in tested), strict=True)
-    for seed in range(1, 20):
+    for seed in (1, 4, *range(1, 20)):  # the first two did where this was written
         model = trained(scans, [row for row in range(len(scans)) if row not in tested], seed)
         with torch.no_grad():
             loss = torch.nn.functional.cross_entropy(model(torch.stack(volumes)), torch.tensor(labels))

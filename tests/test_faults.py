@@ -79,7 +79,7 @@ class World(NamedTuple):
 
 
 @pytest.fixture(scope="module")
-def world(csv, tmp_path_factory) -> World:
+def world(csv, tmp_path_factory, few_points) -> World:
     """The results of all commands; read only."""
     world = World(tmp_path_factory.mktemp("world"), csv, set())
     block = np.zeros(SHAPE, np.uint8)  # a hundred random maps of a whole brain would take minutes

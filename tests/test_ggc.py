@@ -1,5 +1,7 @@
 """ggc.py: Grad-CAM and guided Grad-CAM by hand, against autograd with a guided relu, and against captum."""
 
+from functools import cache
+
 import pytest
 import torch
 from captum.attr import GuidedGradCam, LayerAttribution, LayerGradCam
@@ -78,6 +80,7 @@ def naive_ggc(model: CNN3d, volume: Tensor, target: Tensor) -> Tensor:
     return naive_guided(model, volume, target) * naive_gradcam(model, volume, target)
 
 
+@cache
 def explained(case: Case, batch: int) -> tuple[CNN3d, Tensor, Tensor, Tensor]:
     """A network, scans, targets and the plain maps, none of which is zero.
 

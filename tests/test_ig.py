@@ -1,5 +1,7 @@
 """ig.py: the left Riemann sum by hand, against autograd and captum, and its completeness."""
 
+from functools import cache
+
 import pytest
 import torch
 from captum.attr import IntegratedGradients
@@ -71,12 +73,25 @@ def without_blank(model: CNN3d, volume: Tensor, target: Tensor, steps: int) -> T
     return integrated_gradients(model, volume, target, steps) - one / steps
 
 
+@cache
+def explained(
+    case: Case, batch: int, one_for_all: bool | None
+) -> tuple[CNN3d, Tensor, Tensor, Tensor, Tensor]:
+    """A network, scans, targets, a baseline and the plain maps, the same for all places.
+
+    Without `one_for_all` the baseline is blank, and its own term is left out.
+    """
+    model, volume, target = example(case, batch)
+    baseline = torch.zeros_like(volume) if one_for_all is None else baseline_like(volume, one_for_all)
+    expected = naive_ig(model, volume, target, 5, baseline, first=int(one_for_all is None))
+    return model, volume, target, baseline, expected
+
+
 @over_places
 @over_cases
 @pytest.mark.parametrize("batch", [1, 3])
 def test_zero_baseline_equals_autograd(place: Place, case: Case, batch: int):
-    model, volume, target = example(case, batch)
-    expected = naive_ig(model, volume, target, 5, first=1)
+    model, volume, target, _, expected = explained(case, batch, None)
     assert difference(place.do(without_blank, model, volume, target, 5), expected) < place.oracle
 
 
@@ -84,10 +99,9 @@ def test_zero_baseline_equals_autograd(place: Place, case: Case, batch: int):
 @over_cases
 @pytest.mark.parametrize(("batch", "one_for_all"), [(1, False), (3, True)])
 def test_other_baselines_equal_autograd(place: Place, case: Case, batch: int, one_for_all: bool):
-    model, volume, target = example(case, batch)
-    baseline = baseline_like(volume, one_for_all)
+    model, volume, target, baseline, expected = explained(case, batch, one_for_all)
     found = place.do(integrated_gradients, model, volume, target, 5, baseline)
-    assert difference(found, naive_ig(model, volume, target, 5, baseline)) < place.oracle
+    assert difference(found, expected) < place.oracle
 
 
 @over_cases

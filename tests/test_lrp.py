@@ -1,6 +1,6 @@
 """lrp.py: both rules by hand, against plain ones layer by layer, and their conservation."""
 
-from functools import partial
+from functools import cache, partial
 from itertools import product
 
 import pytest
@@ -125,12 +125,18 @@ def naive_lrp(
     return relevance
 
 
+@cache
+def explained(case: Case, batch: int) -> tuple[CNN3d, Tensor, Tensor, Tensor]:
+    """A network, scans, targets and the plain maps, the same for all places."""
+    model, volume, target = example(case, batch)
+    return model, volume, target, naive_lrp(model, volume, target)
+
+
 @over_places
 @over_cases
 @pytest.mark.parametrize("batch", [1, 3])
 def test_equals_the_plain_rule(place: Place, case: Case, batch: int):
-    model, volume, target = example(case, batch)
-    expected = naive_lrp(model, volume, target)
+    model, volume, target, expected = explained(case, batch)
     assert difference(place.do(lrp, model, volume, target), expected) < place.oracle
 
 

@@ -1,6 +1,7 @@
 """occlusion.py: against every cube covered in turn, and against captum."""
 
 import itertools
+from functools import cache
 
 import pytest
 import torch
@@ -67,10 +68,16 @@ def test_equals_every_cube_covered_in_turn_and_captum(case: Case, overlap: int):
     assert difference(found, expected) < 2e-7
 
 
+@cache
+def explained() -> tuple[CNN3d, Tensor, Tensor, Tensor]:
+    """A network, scans, targets and the plain maps, the same for all places."""
+    model, volume, target = example(CASES["A three blocks"], 2)
+    return model, volume, target, naive(model, volume, target, 15, 12, torch.zeros_like(volume[:1]))
+
+
 @over_places
 def test_on_every_device(place: Place):
-    model, volume, target = example(CASES["A three blocks"], 2)
-    expected = naive(model, volume, target, 15, 12, torch.zeros_like(volume[:1]))
+    model, volume, target, expected = explained()
     assert difference(place.do(occlusion, model, volume, target, 15, 12), expected) < place.oracle
 
 

@@ -285,13 +285,15 @@ def test_overwriting_some_parts_spares_the_others_and_the_record(tmp_path, chose
 
 # Several processes -------------------------------------------------------------------------------
 
+# A process for each part, the others forked, which takes less time than starts of Python.
 WORKER = """
-import sys; sys.path.insert(0, "tests")
+import os, sys; sys.path.insert(0, "tests")
 from pathlib import Path
 from test_results import results_of, run
-folder, part = Path(sys.argv[1]), int(sys.argv[2])
-results = results_of(folder, parts=range(int(sys.argv[4])), chosen=[part])
-if sys.argv[3] == "wait":
+folder, what, count, first, *others = sys.argv[1:]
+part = next((other for other in others if os.fork() == 0), first)
+results = results_of(Path(folder), parts=range(int(count)), chosen=[int(part)])
+if what == "wait":
     with results.at_work({}):
         print("ready", flush=True)
         input()
@@ -299,16 +301,15 @@ print(run(results))
 """
 
 
-def worker(folder: Path, part: int, what: str, parts: int = 4) -> subprocess.Popen:
+def workers(folder: Path, what: str, count: int, *parts: int) -> subprocess.Popen:
     pipes: dict[str, Any] = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
-    return subprocess.Popen(
-        [sys.executable, "-c", WORKER, folder, str(part), what, str(parts)], cwd=ROOT, **pipes
-    )
+    words = [str(folder), what, str(count), *map(str, parts)]
+    return subprocess.Popen([sys.executable, "-c", WORKER, *words], cwd=ROOT, **pipes)
 
 
 def test_part_that_another_process_works_on_is_refused(tmp_path):
     run(results_of(tmp_path, parts=range(8)))
-    with worker(tmp_path, 7, "wait", 8) as other:
+    with workers(tmp_path, "wait", 8, 7) as other:
         assert other.stdout.readline() == "ready\n"  # type: ignore[union-attr]
         before = contents(tmp_path)
         for refused in ({"chosen": [0, 7]}, {}, {"overwrite": True}):
@@ -325,8 +326,8 @@ def test_part_that_another_process_works_on_is_refused(tmp_path):
 
 
 def test_of_several_processes_one_makes_what_is_made_of_all(tmp_path):
-    workers = [worker(tmp_path, part, "run") for part in range(4)]
-    said = [process.communicate()[0] for process in workers]
+    with workers(tmp_path, "run", 4, *range(4)) as processes:
+        said = sorted(processes.communicate()[0].splitlines())  # to the end of them all
     assert [line.rpartition(", ")[0] for line in said] == [f"([{part}]" for part in range(4)]
     assert sum("True" in line for line in said) == 1
     assert record_of(tmp_path)["finished"] == [*range(4), "summary"]

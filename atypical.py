@@ -57,6 +57,22 @@ COLUMNS = ["fold", "trait", "low", "high", "training_low", "training_high", "tes
 # The numbers -------------------------------------------------------------------------------------
 
 
+class Own(NamedTuple):
+    """What can be said of a scan alone."""
+
+    inside: np.ndarray  # (X, Y, Z) bool, where it is not zero
+    voxels: int  # how many these are
+    centre: np.ndarray  # (3,), theirs, in mm
+    quantiles: list[float]  # of their values
+
+
+def own_traits(volume: np.ndarray, affine: np.ndarray) -> Own:
+    """What can be said of a scan (X, Y, Z) in [0, 1] alone."""
+    inside = volume > 0
+    quantiles = np.percentile(volume[inside], QUANTILES).tolist()
+    return Own(inside, int(np.count_nonzero(inside)), _centre(inside, affine), quantiles)
+
+
 class Head:
     """What the heads of some training scans have in common.
 
@@ -72,25 +88,28 @@ class Head:
         values = mean[self.inside].astype(np.float64)
         self.pattern = values - values.mean()  # (V,)
 
-    def traits(self, volume: np.ndarray) -> dict[str, float]:
+    def traits(self, volume: np.ndarray, own: Own | None = None) -> dict[str, float]:
         """The numbers of a scan (X, Y, Z) in [0, 1], by the names of TRAITS.
 
         overlap is the Dice coefficient of the voxels that are not zero with the head, correlation is
         Pearson's in the head, and the quantiles are those of the voxels that are not zero.
+
+        Args:
+            volume: the scan.
+            own: what `own_traits` says of it, where that is known.
         """
-        own = volume > 0
+        own = own or own_traits(volume, self.affine)
         values = volume[self.inside].astype(np.float64)
         centred = values - values.mean()
         norms = np.linalg.norm(centred) * np.linalg.norm(self.pattern)
-        both, voxels = np.count_nonzero(own & self.inside), np.count_nonzero(own)
+        both = np.count_nonzero(own.inside & self.inside)
         found = {
-            "overlap": 2 * both / (voxels + self.voxels),
-            "offset": float(np.linalg.norm(_centre(own, self.affine) - self.centre)),
-            "volume": voxels * abs(np.linalg.det(self.affine[:3, :3])) / 1000,
+            "overlap": 2 * both / (own.voxels + self.voxels),
+            "offset": float(np.linalg.norm(own.centre - self.centre)),
+            "volume": own.voxels * abs(np.linalg.det(self.affine[:3, :3])) / 1000,
             "correlation": float(centred @ self.pattern / norms) if norms else 0.0,
         }
-        quantiles = np.percentile(volume[own], QUANTILES)
-        return found | {f"q{q}": float(value) for q, value in zip(QUANTILES, quantiles, strict=True)}
+        return found | {f"q{q}": value for q, value in zip(QUANTILES, own.quantiles, strict=True)}
 
 
 def common_head(scans: ScanDataset, rows: Sequence[int]) -> np.ndarray:
@@ -189,12 +208,9 @@ def read_ranges(file: Path, k: int) -> list[pd.DataFrame]:
     """
     wanted = [[str(fold), name] for fold in range(k) for name in (*TRAITS, ANY)]
     with blaming(file):
-        header, *rows = list(tables.read_rows(file)) or [[]]
-        whole = all(len(row) == len(COLUMNS) for row in rows)
-        if header != COLUMNS or not whole or [row[:2] for row in rows] != wanted:
-            raise InputError(
-                f"is damaged: expected the columns {', '.join(COLUMNS)}, and every fold's traits"
-            )
+        rows = tables.read_table(file, COLUMNS)
+        if [row[:2] for row in rows] != wanted:
+            raise InputError("is damaged: expected every fold's traits")
         try:
             numbers = [[float(cell or "nan") for cell in row[2:6]] for row in rows]
         except ValueError as problem:

@@ -1,5 +1,6 @@
-"""How far a network's probabilities can be believed: temperatures, and how often what is said comes true."""
+"""How far a network's probabilities can be believed: temperature scaling, reliability."""
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -53,7 +54,7 @@ def fit_temperature(margin: np.ndarray, label: np.ndarray) -> Temperature:
     if (towards >= 0).all() and towards.any():
         return Temperature(1.0, "all validation scans are on the right side")
     if towards.mean() <= 0:
-        return Temperature(1.0, "on the validation scans the network does no better than chance")
+        return Temperature(1.0, "no temperature does better than calling every validation scan 0.5")
 
     def derivative(log_temperature: float) -> float:
         return float(np.mean(-towards * expit(-towards * np.exp(-log_temperature))))
@@ -69,38 +70,42 @@ def calibrated(margin: np.ndarray, temperature: float) -> np.ndarray:
     return expit(np.asarray(margin, np.float64) / temperature)
 
 
-def known_temperatures(run: Run) -> list[float]:
+def known_temperatures(run: Run) -> list[Temperature]:
     """The temperature of every network of a run; 1 where nothing is known of its training.
 
     Raises:
         InputError: train_cv.py has not written them, or they are damaged.
     """
     if not run.is_recorded:
-        return [1.0] * run.cohort.k
+        return [Temperature(1.0, "nothing is known of the training")] * run.cohort.k
     file = run.folder / TEMPERATURES
     if not file.exists():
         raise InputError(f"{file}: no such file{REMEDY}")
     return read_temperatures(file, run.cohort.k)
 
 
-def read_temperatures(file: Path, k: int) -> list[float]:
+def read_temperatures(file: Path, k: int) -> list[Temperature]:
     """The temperature of every fold, from a file that has COLUMNS.
 
     Raises:
         InputError: no such file, or another content.
     """
     with blaming(file):
-        header, *rows = list(tables.read_rows(file)) or [[]]
-        whole = all(len(row) == len(COLUMNS) for row in rows)
-        if header != COLUMNS or not whole or [row[0] for row in rows] != [*map(str, range(k)), "pooled"]:
-            raise InputError(f"is damaged: expected the columns {', '.join(COLUMNS)}, and folds 0 to {k - 1}")
+        rows = tables.read_table(file, COLUMNS)
+        if [row[0] for row in rows] != [*map(str, range(k)), "pooled"]:
+            raise InputError(f"is damaged: expected rows of folds 0 to {k - 1}, and of all pooled")
         try:
-            found = [float(row[1]) for row in rows[:k]]
+            found = [Temperature(float(row[1]), row[2]) for row in rows[:k]]
         except ValueError as problem:
             raise InputError(f"is damaged ({problem})") from problem
-        if not all(0 < temperature < np.inf for temperature in found):
-            raise InputError(f"is damaged: temperatures {found}")
+        if not all(0 < each.value < np.inf for each in found):
+            raise InputError(f"is damaged: temperatures {[each.value for each in found]}")
     return found
+
+
+def notes(temperatures: Sequence[Temperature]) -> str:
+    """Which networks are not calibrated, and why: a line each."""
+    return "\n".join(f"fold {f}: not calibrated: {note}" for f, (_, note) in enumerate(temperatures) if note)
 
 
 # How well it did ---------------------------------------------------------------------------------
@@ -126,7 +131,7 @@ def reliability(label: np.ndarray, prob_1: np.ndarray) -> pd.DataFrame:
     return pd.DataFrame(rows)
 
 
-def expected_error(label: np.ndarray, prob_1: np.ndarray) -> float:
+def expected_calibration_error(label: np.ndarray, prob_1: np.ndarray) -> float:
     """The expected calibration error: |share - probability| of the bins, weighted by their scans."""
     bins = reliability(label, prob_1)
     return float(np.average((bins["share"] - bins["prob_1"]).abs(), weights=bins["n"]))
@@ -147,26 +152,25 @@ def calibration_table(predictions: pd.DataFrame, temperatures: list[Temperature]
         about = {"fold": fold, "temperature": found.value, "note": found.note}
         rows.append(about | _errors(predictions[predictions["fold"] == fold]))
     pooled = {"fold": "pooled", "temperature": np.nan, "note": ""} | _errors(predictions)
-    return pd.DataFrame([*rows, pooled])[COLUMNS]
+    return pd.DataFrame([*rows, pooled]).astype({"n": int})[COLUMNS]
 
 
 def summary(table: pd.DataFrame) -> str:
-    """What `calibration_table` says of all folds, as one line, and a line per fold without a temperature."""
+    """What `calibration_table` says of all folds, as one line."""
     pooled = table.iloc[-1]
     parts = [
         f"{words} {pooled[name]:.3f}, calibrated {pooled[name + '_calibrated']:.3f}"
         for name, words in (("brier", "Brier score"), ("log_loss", "log loss"), ("ece", "calibration error"))
     ]
-    rows = zip(table["fold"], table["note"], strict=True)
-    return "\n".join(
-        ["; ".join(parts), *(f"fold {fold}: temperature 1: {note}" for fold, note in rows if note)]
-    )
+    return "; ".join(parts)
 
 
 def _errors(predictions: pd.DataFrame) -> dict[str, float]:
     label, found = predictions["label"].to_numpy(), {"n": float(len(predictions))}
     for column, kind in (("prob_1", ""), (CALIBRATED, "_calibrated")):
         prob_1 = predictions[column].to_numpy()
-        errors = classifier_scores.probability_scores(label, prob_1) | {"ece": expected_error(label, prob_1)}
+        errors = classifier_scores.probability_scores(label, prob_1) | {
+            "ece": expected_calibration_error(label, prob_1)
+        }
         found |= {f"{name}{kind}": value for name, value in errors.items()}
     return found

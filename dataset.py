@@ -492,12 +492,21 @@ class ScanDataset(Dataset):
 
     def mean(self, rows: Sequence[int]) -> np.ndarray:
         """Mean of some scans, float32 (X, Y, Z), added up one at a time."""
-        total = sum(volume[0, 0].double() for volume, _ in self.loader(list(rows), 1))
+        total = sum(volume.double() for volume in self._each(rows))
         return (cast(Tensor, total) / len(rows)).float().cpu().numpy()
 
     def volumes(self, rows: Sequence[int]) -> Iterator[np.ndarray]:
         """Some scans, float32 (X, Y, Z), one at a time."""
-        yield from (volume[0, 0].cpu().numpy() for volume, _ in self.loader(list(rows), 1))
+        yield from (volume.cpu().numpy() for volume in self._each(rows))
+
+    def _each(self, rows: Sequence[int]) -> Iterator[Tensor]:
+        """Some scans (X, Y, Z), one at a time; read ahead by threads, which need no shared memory."""
+        if self.in_memory:
+            yield from (self[row][0][0] for row in rows)
+            return
+        order = Batches(range(len(rows)), 1)  # type: ignore[arg-type]
+        ahead = ReadAhead(order, Subset(self, list(rows)), utils.THREADS, CPU)
+        yield from (volume[0, 0] for volume, _ in ahead)
 
     def with_labels(self, labels: np.ndarray) -> "ScanDataset":
         """The same scans with other labels, (N,)."""

@@ -14,7 +14,7 @@ import argparse
 import contextlib
 import re
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cache, partial
 from pathlib import Path
@@ -55,6 +55,7 @@ FILES = Files(
         "baseline_f{}.nii.gz",
         "subjects/f{}_*.nii.gz",
         "subjects/[0-9]*",  # of all networks
+        *(f"map_{group}.nii.gz" for group in GROUPS),  # which scans without labels have not
     ],
     progress=["sums_f{}{}.npz"],
     summary=[
@@ -72,7 +73,6 @@ NETWORKS: dict[str, Callable[[runs.Run, int], runs.Networks]] = {
 }
 OUTPATH, NEW_OUTPATH = Path("heatmaps"), Path("heatmaps_new")
 NEW = "new"  # what map.json calls scans that are not the run's
-EACH = ("_mean.nii.gz", "_sd.nii.gz", ".png")  # what there is of each new scan
 STEM = 150  # characters of a scan's own name in its map's: with all that is added, a name has at most 255
 SUBJECT_COLUMNS = ["fold", *dataset.COLUMNS, *explaining.FOUND]
 
@@ -131,8 +131,12 @@ def open_run(
     return runs.find_run_for(scans, folder, model, resample)
 
 
-def check_apart(outpath: Path, run: Run) -> None:
-    """Raise InputError where maps of new scans would come to lie beside maps of others."""
+def check_apart(outpath: Path, run: Run, replaced: Collection[Path]) -> None:
+    """Raise InputError where maps of new scans would come to lie beside maps of others.
+
+    Args:
+        replaced: folders whose maps are removed first.
+    """
     for file in sorted(outpath.glob(f"*/{FILES.record}")):
         try:
             record = storage.read_json(file)
@@ -140,7 +144,7 @@ def check_apart(outpath: Path, run: Run) -> None:
             continue
         theirs = record.get("csv_sha256") if record.get("scans") == NEW else None
         ours = run.cohort.identity["csv_sha256"] if run.new_scans else None
-        if theirs != ours:
+        if theirs != ours and file.parent not in replaced:
             whose = "other new scans" if theirs and ours else "new scans" if theirs else "a run's own scans"
             name = file.parent.name
             raise InputError(f"--outpath {outpath}: {name} there has maps of {whose}; choose another")
@@ -197,7 +201,7 @@ def result_folder(
     summary = [file for file in FILES.summary if file not in absent]
     if run.new_scans:
         identity["scans"] = NEW
-        summary += [f"{own}{end}" for own in each_name(run.cohort).values() for end in EACH]
+        summary += [file for row in range(len(run.cohort.table)) for file in each_files(run, row).values()]
     return ResultFolder(
         path,
         replace(FILES, summary=summary),
@@ -327,30 +331,47 @@ class FoldMaps:
         figures.draw_map(maps, background, cohort.grid.affine, title, self.results.path / "map_all.png")
 
     def explain_each(self) -> None:
-        """Write the mean of the networks' maps of every new scan, the standard deviation, and a picture."""
-        probable = probabilities(read_subjects(self.results.path), calibration.known_temperatures(self.run))
-        testers = {fold: set(self.cohort.scan_indices(fold, "test")) for fold in self.run.folds}
-        names, paths = each_name(self.cohort), self.cohort.table["path"]
-        for row, name in utils.progress(names.items(), desc=f"{self.name} of every scan"):
-            of = [subject_name(fold, row, paths[row]) for fold, rows in testers.items() if row in rows]
-            mean, spread = (self.results.path / f"{name}{end}" for end in EACH[:2])
-            if not (mean.exists() and spread.exists()):
-                single = np.stack([nifti.load_map(self.results.path / f"{own}.nii.gz") for own in of])
-                deviation = single.std(axis=0, ddof=1) if len(of) > 1 else np.zeros(single.shape[1:])
-                for values, file in ((single.mean(axis=0), mean), (deviation, spread)):
-                    nifti.save_map(values, self.cohort.grid.header, file)
-            maps = {"mean": nifti.load_map(mean), "sd": nifti.load_map(spread)}
-            background = self.scans[row][0][0].cpu().numpy()
-            own = probable[paths[row]]
-            how = f"probability of label 1 {own.mean():.2f}, {own.min():.2f} to {own.max():.2f}"
-            title = f"{Path(paths[row]).name}: {self.name} of {len(of)} networks {self.run.model}; {how}"
-            file = self.results.path / f"{name}{EACH[2]}"
-            figures.draw_map(maps, background, self.cohort.grid.affine, title, file)
+        """Write the mean of the networks' maps of every new scan, their standard deviation, and a picture."""
+        temperatures = [each.value for each in calibration.known_temperatures(self.run)]
+        probable = probabilities(read_subjects(self.results.path), temperatures)
+        paths = self.cohort.table["path"]
+        with process.steps() as finish_step:
+            for row in utils.progress(paths.index, desc=f"{self.name} of every scan"):
+                files = {k: self.results.path / name for k, name in each_files(self.run, row).items()}
+                if not all(file.exists() for file in files.values()):  # they go where a fold is made anew
+                    self._explain_one(row, files, probable[paths[row]])
+                finish_step()
+
+    def _explain_one(self, row: int, files: dict[str, Path], probable: np.ndarray) -> None:
+        """The same of one scan, given the networks' probabilities of label 1."""
+        path, folds = self.cohort.table["path"][row], self.run.testers[row]
+        if not (files["mean"].exists() and files.get("sd", files["mean"]).exists()):
+            names = [f"{subject_name(fold, row, path)}.nii.gz" for fold in folds]
+            single = np.stack([nifti.load_map(self.results.path / name) for name in names])
+            made = {
+                "mean": single.mean(axis=0),
+                "sd": single.std(axis=0, ddof=1) if len(single) > 1 else None,
+            }
+            for kind in files.keys() & {"mean", "sd"}:
+                nifti.save_map(made[kind], self.cohort.grid.header, files[kind])
+        maps: dict[str, np.ndarray] = {
+            kind: nifti.load_map(files[kind]) for kind in ("mean", "sd") if kind in files
+        }
+        if len(folds) > 1:
+            who = f"{len(folds)} networks"
+            spread = f"{probable.mean():.2f}, {probable.min():.2f} to {probable.max():.2f}"
+        else:
+            who, spread = f"the network of fold {folds[0]}, which tested it", f"{probable[0]:.2f}"
+        title = f"{Path(path).name}: {self.name}, {self.run.model}, {who}; probability of label 1: {spread}"
+        background = self.scans[row][0][0].cpu().numpy()
+        figures.draw_map(maps, background, self.cohort.grid.affine, title, files["png"])
 
     def tidy(self) -> None:
         """Remove the single networks' maps of new scans that nobody asked for, once all is made of them."""
-        if self.run.new_scans and not self.options["save_subjects"] and self.results.is_finished():
-            storage.remove(self.results.path, ["subjects/f*.nii.gz"])
+        if self.run.new_scans and not self.options["save_subjects"]:
+            with self.results.locked():
+                if self.results.is_finished():
+                    storage.remove(self.results.path, ["subjects/f*.nii.gz"])
 
     def _save(self, values: np.ndarray, name: str) -> None:
         nifti.save_map(values, self.cohort.grid.header, self.results.path / f"{name}.nii.gz")
@@ -421,9 +442,11 @@ def subject_name(fold: int, row: int, path: str) -> str:
     return f"subjects/f{fold}_{row:05d}_{_stem(path)}"
 
 
-def each_name(cohort: Cohort) -> dict[int, str]:
-    """Where what is made of all networks' maps of each scan goes, but for EACH, by row."""
-    return {row: f"subjects/{row:05d}_{_stem(path)}" for row, path in enumerate(cohort.table["path"])}
+def each_files(run: Run, row: int) -> dict[str, str]:
+    """What is made of all networks' maps of a new scan: mean, sd where there are several, and png."""
+    name = f"subjects/{row:05d}_{_stem(run.cohort.table['path'][row])}"
+    files = {"mean": f"{name}_mean.nii.gz", "sd": f"{name}_sd.nii.gz", "png": f"{name}.png"}
+    return files if len(run.testers[row]) > 1 else {kind: files[kind] for kind in ("mean", "png")}
 
 
 def _stem(path: str) -> str:
@@ -435,7 +458,8 @@ def probabilities(subjects: pd.DataFrame, temperatures: Sequence[float]) -> dict
     """Every scan's calibrated probabilities of label 1, of the networks that explained it, by path."""
     prob = subjects["prob_target"].where(subjects["target"] == 1, 1 - subjects["prob_target"])
     own = np.array(temperatures)[subjects["fold"].to_numpy(int)]
-    found = calibration.calibrated(logit(prob.to_numpy()), own)
+    nearest = np.finfo(float).eps / 2  # to certainty, of what float64 can tell
+    found = calibration.calibrated(logit(np.clip(prob.to_numpy(), nearest, 1 - nearest)), own)
     return {str(path): found[rows] for path, rows in subjects.groupby("path").indices.items()}
 
 
@@ -510,6 +534,23 @@ def check_kept(folder: Path, cohort: Cohort, fold: int) -> None:
             )
 
 
+def check_singles(run: Run, results: ResultFolder) -> None:
+    """Raise InputError where single networks' maps are needed again that went when all was made of them."""
+    if not run.new_scans or results.is_finished():
+        return
+    kept = set(run.folds) - set(results.missing())
+    for row, path in enumerate(run.cohort.table["path"]):
+        files = [results.path / name for kind, name in each_files(run, row).items() if kind != "png"]
+        is_made = kept == set(run.folds) and all(file.exists() for file in files)
+        for fold in [] if is_made else sorted(kept & set(run.testers[row])):
+            file = results.path / f"{subject_name(fold, row, path)}.nii.gz"
+            if not file.exists():
+                raise InputError(
+                    f"{file}: was removed when all was made of it, and is needed again; --overwrite without "
+                    "--run-folds starts again"
+                )
+
+
 def say_states(outpath: Path, names: list[str] | None, given: dict[str, Any], modelpath: Path) -> None:
     """Print what is finished, running or open: of some methods, as the options have them, or of all."""
     if names:
@@ -530,14 +571,18 @@ def report(results: ResultFolder) -> None:
     subjects = subjects[~subjects["fold"].isin(unfinished)]
     residual, zero = subjects["residual"].dropna(), subjects.groupby("fold")["zero"]
     sums = f"; residual of the sums: median {residual.median():.2g}, worst {residual.max():.2g}"
-    print(f"{results.path.name}: {len(subjects)} scans explained{'' if residual.empty else sums}")
+    networks = subjects.groupby("path")["fold"].nunique().max() if len(subjects) else 1
+    by = f" by up to {networks} networks each" if networks > 1 else ""
+    explained = f"{subjects['path'].nunique()} scans explained{by}"
+    print(f"{results.path.name}: {explained}{'' if residual.empty else sums}")
     counts = ", ".join(f"{flags.sum()} of {len(flags)} in fold {fold}" for fold, flags in zero)
     if counts:
         print(f"maps that are zero everywhere: {counts}")
     if unfinished:
         print(f"not explained yet, or with other weights: folds {unfinished}")
     else:
-        print(f"written to {results.path}: map_all.nii.gz, map_all.png, map_f*.nii.gz, subjects.csv")
+        each = ", subjects/*.png" if list(results.path.glob("subjects/*.png")) else ""
+        print(f"written to {results.path}: map_all.nii.gz, map_all.png, map_f*.nii.gz, subjects.csv{each}")
 
 
 @utils.command("what is finished is saved; the same command, without --overwrite, goes on from there")
@@ -560,12 +605,14 @@ def main(argv: list[str] | None = None) -> int:
         run.check_controls(chosen, "--baseline controls")
     share = sharing.own_share().within(args.part)
     share.check_overwrite(args.overwrite)
-    check_apart(outpath, run)
     where = outpath, args.run_folds and chosen, args.overwrite, share
     folders = {name: result_folder(name, options[name], networks, *where) for name in args.method}
+    all_anew = args.overwrite and not args.run_folds
+    check_apart(outpath, run, [each.path for each in folders.values()] if all_anew else [])
     for results in folders.values():
         if results.check(partial(check_kept, results.path, cohort)):
             read_subjects(results.path)  # though no fold is finished
+        check_singles(run, results)
     if run.new_scans:
         calibration.known_temperatures(run)  # before any map
 

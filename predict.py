@@ -15,7 +15,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import pandas as pd
@@ -29,26 +29,37 @@ import models
 import runs
 import selfcheck
 import utils
-from atypical import Head
+from atypical import Head, Own
+from calibration import Temperature
 from classifier_scores import ENSEMBLE, MEAN, with_interval
-from dataset import ScanDataset
+from dataset import Cohort, ScanDataset
 from explaining import SAVE_EVERY
-from internals import devices, nifti, process, sharing, storage
+from internals import devices, process, sharing, storage
 from internals.caches import Cache
 from internals.errors import InputError, blaming
+from internals.process import printable
 from internals.results import Files, ResultFolder, states_of
+from internals.sharing import Share
 from models import CNN3d
 from runs import Run, TrainedNetworks
 
 FILES = Files(
     record="predict.json",
     part=["network_f{}.csv"],
+    beside=["metrics.csv"],  # which lists without labels have not
     progress=["found_f{}{}.csv"],
     summary=["predictions.csv", "metrics.csv"],
     facts=["weights_sha256", "head_sha256", "found_sha256", "device_per_fold"],
 )
 FOUND = ["path", "logit_0", "logit_1", "atypical", "reason"]  # what a network finds of a scan
 FEW = 10  # scans of which each gets a line
+
+
+class Typical(NamedTuple):
+    """What is typical of a network's training scans."""
+
+    head: Head
+    ranges: pd.DataFrame
 
 
 def get_parser() -> argparse.ArgumentParser:
@@ -79,37 +90,48 @@ def get_parser() -> argparse.ArgumentParser:
 # Before any prediction ---------------------------------------------------------------------------
 
 
-def read_ranges(run: Run) -> list[pd.DataFrame]:
-    """What is typical of every network's training scans; nothing where nothing is known of them."""
+def check_outpath(outpath: Path) -> None:
+    """Raise InputError where predictions would take the place of a training run's."""
+    if (outpath / "run.json").exists():
+        raise InputError(f"--outpath {outpath}: holds a training run with predictions of its own")
+
+
+def read_typical(run: Run) -> dict[int, Typical]:
+    """What is typical of the training scans of every network; of those where that is known."""
     if not run.is_recorded:
         print("nothing is known of the training: probabilities are not calibrated, scans not compared")
-        return []
-    for name in (runs.RANGES, *(runs.HEAD.format(fold) for fold in range(run.cohort.k))):
-        if not (run.folder / name).exists():
-            raise InputError(f"{run.folder / name}: no such file{runs.REMEDY}")
-    return atypical.read_ranges(run.folder / runs.RANGES, run.cohort.k)
+        return {}
+    if not (run.folder / runs.RANGES).exists():
+        raise InputError(f"{run.folder / runs.RANGES}: no such file{runs.REMEDY}")
+    found = {}
+    for fold, ranges in enumerate(atypical.read_ranges(run.folder / runs.RANGES, run.cohort.k)):
+        head = Head(run.mean_head(fold), run.cohort.grid.affine)
+        if atypical.is_known(ranges):
+            found[fold] = Typical(head, ranges)
+    return found
 
 
 def result_folder(
-    run: Run,
     networks: TrainedNetworks,
-    temperatures: Sequence[float],
-    ranges: Sequence[pd.DataFrame],
-    asked_for: Mapping[str, Any],
-    where: Mapping[str, Any],
+    temperatures: Sequence[Temperature],
+    outpath: Path,
+    only: list[int] | None,
+    overwrite: bool,
+    share: Share,
+    asked: Mapping[str, Any],
 ) -> ResultFolder:
     """Where the predictions go; its parts are the networks that predict any scan."""
-    cohort, folds = run.cohort, run.folds
-    identity = {"model": run.model, "folds": cohort.k, **asked_for, "temperatures": list(temperatures)}
-    identity["typical_sha256"] = storage.file_sha256(run.folder / runs.RANGES) if ranges else None
-    made_from = {fold: {"weights_sha256": networks.digest(fold)} for fold in folds}
-    for fold in folds if ranges else ():
+    run, cohort = networks.run, networks.run.cohort
+    identity = {"model": run.model, "folds": cohort.k, **asked, **cohort.identity}
+    identity["temperatures"] = [temperature.value for temperature in temperatures]
+    known = [run.folder / name for name in (runs.RANGES, runs.TEMPERATURES)] if run.is_recorded else []
+    identity |= {f"{file.stem}_sha256": storage.file_sha256(file) for file in known}
+    made_from = {fold: {"weights_sha256": networks.digest(fold)} for fold in run.folds}
+    for fold in run.folds if run.is_recorded else ():
         made_from[fold]["head_sha256"] = storage.file_sha256(run.folder / runs.HEAD.format(fold))
     is_labelled = (cohort.table["label"] != dataset.UNKNOWN).any()
     files = replace(FILES, summary=FILES.summary if is_labelled else FILES.summary[:1])
-    return ResultFolder(
-        files=files, parts=folds, identity=identity | cohort.identity, made_from=made_from, **where
-    )
+    return ResultFolder(outpath, files, run.folds, identity, made_from, only, overwrite, share=share)
 
 
 def check_kept(folder: Path, fold: int) -> None:
@@ -129,40 +151,24 @@ class Member:
     """One network of the ensemble, and what its training scans look like, where that is known."""
 
     network: CNN3d
-    head: Head | None = None
-    ranges: pd.DataFrame | None = None
+    typical: Typical | None = None
 
     @torch.no_grad()
-    def look(self, volume: torch.Tensor, path: str) -> dict[str, Any]:
-        """What it finds of a scan (1, 1, X, Y, Z): FOUND."""
-        device = next(self.network.parameters()).device
-        logits = self.network(devices.to_device(volume, device))[0].tolist()
-        if self.head is None or self.ranges is None:
+    def predict(self, volume: torch.Tensor, scan: np.ndarray, own: Own, path: str) -> dict[str, Any]:
+        """What it finds of a scan (1, 1, X, Y, Z), on its device, and (X, Y, Z): FOUND."""
+        logits = self.network(volume)[0].tolist()
+        if self.typical is None:
             return dict(zip(FOUND, [path, *logits, "", ""], strict=True))
-        traits = self.head.traits(volume[0, 0].cpu().numpy())
-        reason = atypical.reasons(traits, self.ranges)
+        traits = self.typical.head.traits(scan, own)
+        reason = atypical.reasons(traits, self.typical.ranges)
         return dict(zip(FOUND, [path, *logits, int(reason != ""), reason], strict=True))
-
-
-def load_member(
-    fold: int,
-    networks: TrainedNetworks,
-    scans: ScanDataset,
-    ranges: Sequence[pd.DataFrame],
-    device: torch.device,
-) -> Member:
-    """The network of a fold, and what its training scans look like."""
-    network, run = networks.load(fold, scans, device), networks.run
-    if not ranges or not atypical.is_known(ranges[fold]):
-        return Member(network)
-    mean, grid = nifti.read_image(run.folder / runs.HEAD.format(fold), run.cohort.grid, "the scans")
-    return Member(network, Head(mean, grid.affine), ranges[fold])
 
 
 def predict_scans(
     members: Mapping[int, Member],
     scans: ScanDataset,
     paths: Sequence[str],
+    affine: np.ndarray,
     rows: Mapping[int, list[int]],
     found: Mapping[int, list[dict[Any, Any]]],
     save: Callable[[], None],
@@ -171,7 +177,7 @@ def predict_scans(
 
     Args:
         members: by fold.
-        scans, paths: of all scans.
+        scans, paths, affine: of all scans.
         rows: those that each network is to predict.
         found: what each found of the first of them so far; the others' is added.
         save: called now and then, after a signal to stop, and in the end.
@@ -180,12 +186,14 @@ def predict_scans(
     order, saved = sorted(set().union(*due.values())), time.monotonic()
     device = next(next(iter(members.values())).network.parameters()).device
     with process.steps(save) as finish_step:
-        # one at a time, so that parts change nothing
-        loader = scans.loader(order, 1, device=device)
+        loader = scans.loader(order, 1, device=device)  # one at a time, so that parts change nothing
         for row, (volume, _) in zip(utils.progress(order, desc="predicting"), loader, strict=True):
+            scan = volume[0, 0].numpy()
+            own = atypical.own_traits(scan, affine)
+            volume = devices.to_device(volume, device)
             for fold, member in members.items():
                 if row in due[fold]:
-                    found[fold].append(member.look(volume, paths[row]))
+                    found[fold].append(member.predict(volume, scan, own, paths[row]))
             finish_step()
             if time.monotonic() - saved > SAVE_EVERY:
                 save()
@@ -197,7 +205,7 @@ def predict_folds(
     missing: Sequence[int],
     networks: TrainedNetworks,
     scans: ScanDataset,
-    ranges: Sequence[pd.DataFrame],
+    typical: Mapping[int, Typical],
     results: ResultFolder,
     device: torch.device,
 ) -> None:
@@ -214,22 +222,28 @@ def predict_folds(
             storage.write_csv(pd.DataFrame(found[fold], columns=FOUND), file)
 
     if lacking:
-        members = {fold: load_member(fold, networks, scans, ranges, device) for fold in lacking}
-        predict_scans(members, scans, cohort.table["path"].tolist(), rows, found, save)
+        members = {f: Member(networks.load(f, scans, device), typical.get(f)) for f in lacking}
+        paths = cohort.table["path"].tolist()
+        predict_scans(members, scans, paths, cohort.grid.affine, rows, found, save)
     for fold in missing:
         with results.finish_share(fold) as about:
-            if about is None:
-                continue
-            tables = [read_found(results.progress_file(fold, each)) for each in share.all()]
-            whole = pd.concat([table for table in tables if len(table)]).set_index("path")
-            paths = cohort.table["path"][cohort.scan_indices(fold, "test")]
-            if sorted(whole.index) != sorted(paths):
-                file = results.progress_file(fold, share)
-                raise InputError(f"{file}: lacks scans, or has others; remove it to predict them again")
-            file = results.path / FILES.part[0].format(fold)
-            storage.write_csv(whole.loc[paths].reset_index(), file)
-            about["found_sha256"] = storage.file_sha256(file)
-            about["device_per_fold"] = devices.describe(device)
+            if about is not None:
+                about |= put_together(results, cohort, fold)
+                about["device_per_fold"] = devices.describe(device)
+
+
+def put_together(results: ResultFolder, cohort: Cohort, fold: int) -> dict[str, Any]:
+    """Write what a network found of all scans, from all shares; returns what the record says of it."""
+    rows, tables = cohort.scan_indices(fold, "test"), []
+    for share in results.division.all():
+        dealt, file = share.deal(rows), results.progress_file(fold, share)
+        table = read_found(file)
+        if table["path"].tolist() != cohort.table["path"][dealt].tolist():
+            raise InputError(f"{file}: does not list its scans; remove it to predict them again")
+        tables.append(table.set_index(pd.Index(dealt)))
+    file = results.path / FILES.part[0].format(fold)
+    storage.write_csv(pd.concat([table for table in tables if len(table)]).sort_index(), file)
+    return {"found_sha256": storage.file_sha256(file)}
 
 
 def read_found(file: Path) -> pd.DataFrame:
@@ -250,7 +264,7 @@ def read_found(file: Path) -> pd.DataFrame:
 # What they say together --------------------------------------------------------------------------
 
 
-def combine(run: Run, found: Mapping[int, pd.DataFrame], temperatures: Sequence[float]) -> pd.DataFrame:
+def combine(run: Run, found: Mapping[int, pd.DataFrame], temperatures: Sequence[Temperature]) -> pd.DataFrame:
     """The ensemble's prediction of every scan, as predictions.csv has it.
 
     A scan is atypical where most of the networks that predict it find it so; the reason is the first one's.
@@ -263,7 +277,7 @@ def combine(run: Run, found: Mapping[int, pd.DataFrame], temperatures: Sequence[
     for fold, each in found.items():
         rows = cohort.scan_indices(fold, "test")
         margin = (each["logit_1"] - each["logit_0"]).to_numpy()
-        prob[rows, fold] = calibration.calibrated(margin, temperatures[fold])
+        prob[rows, fold] = calibration.calibrated(margin, temperatures[fold].value)
         marks[rows, fold] = [float(mark or "nan") for mark in each["atypical"]]
         reasons[rows, fold] = each["reason"]
     mean = np.nanmean(prob, axis=1)
@@ -281,7 +295,22 @@ def combine(run: Run, found: Mapping[int, pd.DataFrame], temperatures: Sequence[
     )
 
 
-def report(run: Run, table: pd.DataFrame, seed: int, folder: Path) -> None:
+def report(results: ResultFolder, run: Run, temperatures: Sequence[Temperature], seed: int) -> None:
+    """Write what is made of all networks, unless it is there, and print it; or print which are missing."""
+    if unfinished := results.unfinished():
+        print(f"not predicted yet: by the networks of folds {unfinished}; predictions.csv follows")
+        return
+    with results.summary() as due:
+        if due:
+            found = {fold: read_found(results.path / FILES.part[0].format(fold)) for fold in run.folds}
+            write_predictions(run, combine(run, found, temperatures), seed, results.path)
+    if run.is_recorded and (notes := calibration.notes(temperatures)):
+        print(notes)
+    say_predictions(run, results)
+    print(f"written to {results.path}: {', '.join(results.files.summary)}")
+
+
+def write_predictions(run: Run, table: pd.DataFrame, seed: int, folder: Path) -> None:
     """Write the predictions, and their scores where there are labels."""
     known = table[table["label"] != dataset.UNKNOWN]
     if known.empty:
@@ -291,18 +320,21 @@ def report(run: Run, table: pd.DataFrame, seed: int, folder: Path) -> None:
     members = known[[f"prob_f{fold}" for fold in range(run.cohort.k)]].to_numpy()
     label, prob_1 = known["label"].to_numpy(int), known["prob_1"].to_numpy()
     scores = classifier_scores.ensemble_table(label, prob_1, members, known["subject"].tolist(), seed)
-    storage.write_csv(scores, folder / "metrics.csv")
+    storage.write_csv(scores.astype({"n": "Int64"}), folder / "metrics.csv")
 
 
-def say_predictions(run: Run, folder: Path) -> None:
+def say_predictions(run: Run, results: ResultFolder) -> None:
     """Print every prediction where there are few, how many there are of each kind, and the scores."""
+    folder = results.path
     table = pd.read_csv(folder / "predictions.csv", dtype={"path": str, "reason": str}, keep_default_na=False)
     if len(table) <= FEW:
         print("\n".join(in_words(row, run.cohort.k) for row in table.to_dict("records")))
     counts = {"as label 1": "predicted", "the run's own": "seen", "atypical": "atypical"}
     words = [f"{(table[name] == 1).sum()} {what}" for what, name in counts.items()]
     print(f"{len(table)} scans predicted by {run.cohort.k} networks {run.model}: {', '.join(words)}")
-    if (folder / "metrics.csv").exists():
+    if run.permuted:
+        print("these networks were trained on permuted labels: they know nothing of the groups")
+    if "metrics.csv" in results.files.summary:
         scores = pd.read_csv(folder / "metrics.csv").set_index("network")
         for name in (ENSEMBLE, MEAN):
             own = scores.loc[name].to_dict()
@@ -315,7 +347,7 @@ def in_words(row: Mapping[Any, Any], k: int) -> str:
     known = ", the run's own" if row["seen"] == 1 else ""
     odd = f", ATYPICAL: {row['reason']}" if row["reason"] else ""
     spread = f"networks {min(own):.3f} to {max(own):.3f}"
-    return f"{row['path']}: probability of label 1 {row['prob_1']:.3f} ({spread}){known}{odd}"
+    return f"{printable(row['path'])}: probability of label 1: {row['prob_1']:.3f} ({spread}){known}{odd}"
 
 
 @utils.command("what is finished is saved; the same command, without --overwrite, goes on from there")
@@ -327,19 +359,18 @@ def main(argv: list[str] | None = None) -> int:
         return 0
     process.keep_freed_memory()
     device = selfcheck.open_device(args.device)
+    check_outpath(args.outpath)
     run = runs.find_run_for(args.path, args.modelpath, args.model, args.resample)
     cohort, networks = run.cohort, TrainedNetworks(run)
-    chosen = utils.choose_folds(args.run_folds, cohort.k)
+    asked = [fold for fold in utils.choose_folds(args.run_folds, cohort.k) if fold in run.folds]
     networks.check(range(cohort.k))
-    temperatures, ranges = calibration.known_temperatures(run), read_ranges(run)
+    temperatures, typical = calibration.known_temperatures(run), read_typical(run)
     devices.check_batch(1, models.largest_output(run.model, cohort.grid.shape), device)
     share = sharing.own_share().within(args.part)
     share.check_overwrite(args.overwrite)
-    asked = [fold for fold in chosen if fold in run.folds]
-    only = asked if args.run_folds else None
-    where = {"path": args.outpath, "chosen": only, "overwrite": args.overwrite, "share": share}
+    where = args.outpath, asked if args.run_folds else None, args.overwrite, share
     asked_for = {"resample": args.resample, "seed": args.seed}
-    results = result_folder(run, networks, temperatures, ranges, asked_for, where)
+    results = result_folder(networks, temperatures, *where, asked_for)
     results.check(partial(check_kept, args.outpath))
 
     about = {"csv": str(args.path.resolve()), "modelpath": str(run.folder.resolve())}
@@ -351,16 +382,8 @@ def main(argv: list[str] | None = None) -> int:
         runs.say_seen(run)
         with results.at_work(about) as missing:
             utils.say_kept(asked, missing)
-            predict_folds(missing, networks, scans, ranges, results, device)
-            with results.summary() as due:
-                if due:
-                    found = {f: read_found(results.path / FILES.part[0].format(f)) for f in run.folds}
-                    report(run, combine(run, found, temperatures), args.seed, args.outpath)
-            if unfinished := results.unfinished():
-                print(f"not predicted yet: by the networks of folds {unfinished}; predictions.csv follows")
-            else:
-                say_predictions(run, args.outpath)
-                print(f"written to {args.outpath}: {', '.join(results.files.summary)}")
+            predict_folds(missing, networks, scans, typical, results, device)
+            report(results, run, temperatures, args.seed)
     return 0
 
 

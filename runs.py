@@ -1,5 +1,6 @@
 """A training run that a command goes on from: its cohort, its model and its networks."""
 
+import functools
 import re
 import sys
 from collections.abc import Callable, Sequence
@@ -22,6 +23,7 @@ from internals import nifti, storage, tables
 from internals.checkpoints import load_weights
 from internals.errors import InputError, blaming
 from internals.nifti import Grid
+from internals.process import printable
 
 ROLES = {role: role for role in ("train", "val", "test")}
 FOLDING = {"fold": 5, "split": "stratified", "val_fraction": 0.2, "seed": 0}  # train_cv.py's defaults
@@ -64,11 +66,16 @@ class Run:
         """The folds whose networks have any scan to test."""
         return [fold for fold in range(self.cohort.k) if self.cohort.scan_indices(fold, "test")]
 
+    @functools.cached_property
+    def testers(self) -> list[list[int]]:
+        """For every scan of the cohort, the folds whose networks test it."""
+        tests = (self.cohort.folds["role"] == "test").to_numpy().reshape(self.cohort.k, -1)  # (k, N)
+        return [np.flatnonzero(row).tolist() for row in tests.T]
+
     @property
     def seen(self) -> np.ndarray:
         """Which scans of the cohort some network was trained or validated on, bool (N,)."""
-        role = self.cohort.folds["role"].to_numpy().reshape(self.cohort.k, -1)  # (k, N)
-        return (role != "test").any(axis=0)
+        return np.array([len(folds) < self.cohort.k for folds in self.testers])
 
     def checkpoint(self, fold: int) -> Path:
         """The weights of a fold."""
@@ -87,10 +94,20 @@ class Run:
         file = self.folder / CONTROLS.format(fold)
         if not file.exists():
             return scans.mean(self.cohort.training_controls(fold))
+        return self.read_mean(file)
+
+    def mean_head(self, fold: int) -> np.ndarray:
+        """The mean of a fold's training scans where half of them are not zero, float32 (X, Y, Z)."""
+        return self.read_mean(self.folder / HEAD.format(fold))
+
+    def read_mean(self, file: Path) -> np.ndarray:
+        """A mean scan that train_cv.py wrote; InputError where there is none, or it is damaged."""
+        if not file.exists():
+            raise InputError(f"{file}: no such file{REMEDY}")
         with blaming(file):
             mean, _ = nifti.read_image(file, self.cohort.grid, "the scans")
-            if not np.isfinite(mean).all():
-                raise InputError("has voxels that are NaN or infinite")
+            if not (np.isfinite(mean).all() and (mean > 0).any()):
+                raise InputError("has voxels that are NaN or infinite, or none above 0")
         return mean
 
 
@@ -407,12 +424,17 @@ def say_seen(run: Run) -> None:
     """Say on stderr which new scans some of a run's networks were trained on."""
     paths = run.cohort.table.loc[run.seen, "path"].tolist()
     if paths and run.new_scans:
-        more = f" and {len(paths) - NAMED} more" if len(paths) > NAMED else ""
         print(
             f"{len(paths)} of {len(run.seen)} scans are the run's own, by their content or their subject: "
-            f"{', '.join(paths[:NAMED])}{more}; each is left to the network that tested it",
+            f"{_named(paths)}; each is left to the network that tested it",
             file=sys.stderr,
         )
+
+
+def _named(paths: Sequence[str]) -> str:
+    """The first of some paths, and how many there are beside."""
+    more = f" and {len(paths) - NAMED} more" if len(paths) > NAMED else ""
+    return printable(", ".join(paths[:NAMED])) + more
 
 
 def _recorded_grid(folder: Path, record: _Record) -> Grid:
@@ -463,12 +485,12 @@ def _testers(table: pd.DataFrame, folder: Path, k: int) -> dict[int, set[int]]:
         known = of_subject.setdefault(subject, set())
         known.update(folds.get(("scan", digest), ()))
         known.update(folds.get(("subject", subject), ()) if names else ())
-    for path, subject in zip(table["path"], table["subject"], strict=True):
-        if len(of_subject[subject]) > 1:
-            raise InputError(
-                f"{path}: every network of {folder} saw it, or another scan of subject {subject}: these were "
-                f"tested in folds {sorted(of_subject[subject])}"
-            )
+    paths = [p for p, own in zip(table["path"], table["subject"], strict=True) if len(of_subject[own]) > 1]
+    if paths:
+        raise InputError(
+            f"{len(paths)} scans, or others of their subjects, were seen by every network of {folder}, as "
+            f"they were tested in several folds; take them off the list: {_named(paths)}"
+        )
     return {row: of_subject[subject] for row, subject in enumerate(table["subject"]) if of_subject[subject]}
 
 
@@ -491,10 +513,10 @@ def _trained_scans(folder: Path, k: int) -> pd.DataFrame:
     if not file.exists():
         raise InputError(f"{file}: no such file{REMEDY}")
     with blaming(file):
-        header, *lines = list(tables.read_rows(file)) or [[]]
-        if header != SCAN_COLUMNS or [line[0] for line in lines] != table["path"].tolist():
+        lines = tables.read_table(file, SCAN_COLUMNS)
+        if [line[0] for line in lines] != table["path"].tolist():
             raise InputError("is damaged: it does not list the scans of folds.csv")
-        if not all(len(line) == 2 and re.fullmatch("[0-9a-f]{64}", line[1]) for line in lines):
+        if not all(re.fullmatch("[0-9a-f]{64}", line[1]) for line in lines):
             raise InputError("is damaged: a row is not a path and a SHA-256")
     tested = folds[folds["role"] == "test"].set_index("path")["fold"]
     fold = [int(tested[path]) for path in table["path"]]

@@ -259,7 +259,7 @@ def report(
     card = model_card.model_card(cohort, arguments, [len(h) for h in histories], scores, errors, ranges)
     storage.write_text(card, folder / "model_card.md")
     print(classifier_scores.summary(scores))
-    print(calibration.summary(errors))
+    print("\n".join(filter(None, [calibration.summary(errors), calibration.notes(temperatures)])))
     print(atypical.summary(ranges))
 
 

@@ -111,6 +111,11 @@ class ResultFolder:
         """Whether all parts and what is made of them are finished and stay; raises InputError as `check`."""
         return not {*self.parts, SUMMARY} - self._kept(self._find())
 
+    def missing(self) -> list[Any]:
+        """The parts that are not finished, or are to be made anew; raises InputError as `check`."""
+        kept = self._kept(self._find())
+        return [part for part in self.parts if part not in kept]
+
     def _find(self) -> dict[str, Any]:
         """The record that is there and stays; empty where the run starts afresh."""
         existing = next(place for place in (self.path, *self.path.absolute().parents) if place.exists())

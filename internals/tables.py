@@ -2,7 +2,7 @@
 
 import csv
 import itertools
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TextIO
 
@@ -25,6 +25,14 @@ def read_rows(file: Path) -> Iterator[list[str]]:
             yield from (row for row in rows if row not in ([], [""]))
     except (OSError, UnicodeError, csv.Error) as problem:
         raise InputError(f"cannot be read as a CSV ({problem})") from problem
+
+
+def read_table(file: Path, columns: Sequence[str]) -> list[list[str]]:
+    """The rows of a CSV below its header; InputError where that, or the number of cells, is another."""
+    header, *rows = list(read_rows(file)) or [[]]
+    if header != list(columns) or any(len(row) != len(columns) for row in rows):
+        raise InputError(f"is damaged: expected the columns {', '.join(columns)}")
+    return rows
 
 
 def _lines(stream: TextIO) -> Iterator[str]:

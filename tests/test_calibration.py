@@ -18,7 +18,14 @@ from sklearn.frozen import FrozenEstimator
 from sklearn.metrics import brier_score_loss, log_loss
 
 import calibration
-from calibration import HIGHEST, Temperature, calibrated, expected_error, fit_temperature, reliability
+from calibration import (
+    HIGHEST,
+    Temperature,
+    calibrated,
+    expected_calibration_error,
+    fit_temperature,
+    reliability,
+)
 from classifier_scores import CALIBRATED
 from internals import storage
 from internals.errors import InputError
@@ -139,7 +146,7 @@ def test_temperature_grows_with_the_margins_and_does_not_know_the_labels_names(s
 
 ONE_LABEL = "validation scans of one label"
 SEPARATED = "all validation scans are on the right side"
-CHANCE = "on the validation scans the network does no better than chance"
+CHANCE = "no temperature does better than calling every validation scan 0.5"
 BEYOND = "the best temperature is beyond 0.0001 and 10000"
 
 
@@ -229,7 +236,7 @@ def test_reliability_is_that_of_a_loop(pairs):
         expected |= {"low": (middle - half) / (1 + z**2 / n), "high": (middle + half) / (1 + z**2 / n)}
         assert row == pytest.approx(expected, abs=1e-12)  # numbers below 1, each of a few roundings
         error += n * abs(share - mean)
-    assert expected_error(label, prob_1) == pytest.approx(error / len(pairs), abs=1e-12)
+    assert expected_calibration_error(label, prob_1) == pytest.approx(error / len(pairs), abs=1e-12)
 
 
 def test_edges_of_the_bins():
@@ -245,7 +252,7 @@ def test_edges_of_the_bins():
 def test_expected_error_of_one_bin(prob_1, error):
     """Of four scans three have label 1, or one where the probability says so."""
     label = np.array([1, 1, 1, 0] if prob_1 != 0.25 else [1, 0, 0, 0])
-    assert expected_error(label, np.full(4, prob_1)) == pytest.approx(error)
+    assert expected_calibration_error(label, np.full(4, prob_1)) == pytest.approx(error)
 
 
 # The table ---------------------------------------------------------------------------------------
@@ -288,16 +295,16 @@ def test_table_has_a_row_per_fold_and_one_of_all():
             assert row["ece" + kind] == pytest.approx(sum(gaps) / len(label))
 
 
-def test_summary_names_folds_without_a_temperature():
+def test_summary_and_notes():
     found = table()
     whole = found.iloc[3]
-    first, *others = calibration.summary(found).split("\n")
-    assert first == (
+    assert calibration.summary(found) == (
         f"Brier score {whole['brier']:.3f}, calibrated {whole['brier_calibrated']:.3f}; "
         f"log loss {whole['log_loss']:.3f}, calibrated {whole['log_loss_calibrated']:.3f}; "
         f"calibration error {whole['ece']:.3f}, calibrated {whole['ece_calibrated']:.3f}"
     )
-    assert others == [f"fold 1: temperature 1: {SEPARATED}"]
+    assert calibration.notes(TEMPERATURES) == f"fold 1: not calibrated: {SEPARATED}"
+    assert calibration.notes(TEMPERATURES[:1]) == ""
 
 
 # The file ----------------------------------------------------------------------------------------
@@ -309,7 +316,7 @@ def written(folder: Path) -> Path:
 
 
 def test_temperatures_are_read_as_they_were_written(tmp_path):
-    assert calibration.read_temperatures(written(tmp_path), 3) == [found.value for found in TEMPERATURES]
+    assert calibration.read_temperatures(written(tmp_path), 3) == TEMPERATURES
 
 
 CELL = "^0,[^,]*,"  # fold 0's temperature
@@ -351,7 +358,7 @@ def test_damaged_file(tmp_path, damage):
 
 @pytest.mark.parametrize("k", [2, 4])
 def test_file_of_another_run(tmp_path, k):
-    with pytest.raises(InputError, match=rf"is damaged: .*, and folds 0 to {k - 1}$"):
+    with pytest.raises(InputError, match=rf"is damaged: .* folds 0 to {k - 1}, "):
         calibration.read_temperatures(written(tmp_path), k)
 
 
@@ -363,9 +370,9 @@ def test_missing_file(tmp_path):
 def test_temperatures_of_a_run(tmp_path):
     """They are its file's; 1 where there are published checkpoints only, and no record of their training."""
     run = Run(tmp_path, SimpleNamespace(k=3), "modelB2")  # type: ignore[arg-type]
-    assert calibration.known_temperatures(run) == [1, 1, 1]
+    assert calibration.known_temperatures(run) == [(1, "nothing is known of the training")] * 3
     (tmp_path / "run.json").write_text("{}")
     with pytest.raises(InputError, match=r"calibration\.csv: no such file; train_cv\.py, called as before, "):
         calibration.known_temperatures(run)
     written(tmp_path)
-    assert calibration.known_temperatures(run) == [found.value for found in TEMPERATURES]
+    assert calibration.known_temperatures(run) == TEMPERATURES

@@ -117,8 +117,8 @@ def test_picture_is_over_that_very_scan(here, tmp_path, monkeypatch):
         assert np.array_equal(background, scan)
         assert list(maps) == ["mean", "sd"]
         prob = probabilities(here, row)
-        words = f"{np.mean(prob):.2f}, {min(prob):.2f} to {max(prob):.2f}"
-        assert title == f"{list(SCANS)[row]}.nii: GGC of 2 networks modelB2; probability of label 1 {words}"
+        words = f"probability of label 1: {np.mean(prob):.2f}, {min(prob):.2f} to {max(prob):.2f}"
+        assert title == f"{list(SCANS)[row]}.nii: GGC, modelB2, 2 networks; {words}"
 
 
 def test_temperatures_are_in_the_title(here):
@@ -126,9 +126,9 @@ def test_temperatures_are_in_the_title(here):
         "fold": [0, 1, 0], "path": ["x", "x", "y"], "target": [1, 0, 0], "prob_target": [0.8, 0.8, 1.0],
     })  # fmt: skip
     found = heatmap.probabilities(subjects, [2.0, 0.5])
-    # odds of 4 become 2, and of 1/4 become 1/16; certainty stays
+    # odds of 4 become 2, and of 1/4 become 1/16; of certainty no more is known than that they are above 2^53
     assert found["x"].tolist() == pytest.approx([2 / 3, 1 / 17])
-    assert found["y"].tolist() == [0]
+    assert found["y"].tolist() == pytest.approx([2**-26.5], rel=1e-6)
 
 
 def test_single_networks_maps_go_when_nobody_asked_for_them(here, explained, tmp_path):
@@ -147,7 +147,29 @@ def test_single_networks_maps_go_when_nobody_asked_for_them(here, explained, tmp
     assert contents(tmp_path / METHOD).keys() == kept.keys()
 
 
-@pytest.mark.parametrize(("step", "call"), [("keep", 4), ("explain_each", 1), ("average", 1)])
+def test_what_is_needed_again_is_said_before_anything_is_lost(here, tmp_path, capsys):
+    """The single networks' maps are gone, and one fold is to be made anew."""
+    assert explain(here, tmp_path, method="GGC") == 0
+    before = contents(tmp_path)
+    assert explain(here, tmp_path, "--run-folds", "1", "--overwrite", method="GGC") == 2
+    line = only_error(capsys.readouterr().err.splitlines()[-1] + "\n")
+    assert "subjects/f0_00000_a.nii.gz: was removed when all was made of it" in line
+    assert contents(tmp_path) == before
+    assert explain(here, tmp_path, "--overwrite", method="GGC") == 0
+    assert {n: c for n, c in contents(tmp_path).items() if n != "map.json"} == {
+        n: c for n, c in before.items() if n != "map.json"
+    }
+
+
+def test_other_scans_take_the_place_of_the_former(here, tmp_path):
+    """With --overwrite; maps of groups that the others do not have go, too."""
+    assert explain(here, tmp_path, method="GGC", csv="labelled.csv") == 0
+    assert (tmp_path / "GGC/map_patients.nii.gz").exists()
+    assert explain(here, tmp_path, "--overwrite", method="GGC") == 0
+    assert not (tmp_path / "GGC/map_patients.nii.gz").exists()
+
+
+@pytest.mark.parametrize(("step", "call"), [("keep", 4), ("_explain_one", 2), ("average", 1)])
 def test_interrupted_maps_go_on(here, explained, tmp_path, monkeypatch, step, call):
     with monkeypatch.context() as patch:
         ends_after(patch, heatmap.FoldMaps, step, call)
@@ -197,7 +219,8 @@ def test_scan_of_the_run_is_explained_by_the_network_that_tested_it(run, csv, tm
     assert "1 of 1 scans are the run's own" in capsys.readouterr().err
     tested = read_table(run / "predictions.csv").set_index("path").loc["scans/004.nii"]
     assert read_table(tmp_path / "out/GGC/subjects.csv")["fold"].tolist() == [tested["fold"]]
-    assert not read_values(tmp_path / "out/GGC/subjects/00000_renamed_sd.nii.gz").any()
+    made = {path.name for path in (tmp_path / "out/GGC/subjects").iterdir()}
+    assert made == {"00000_renamed_mean.nii.gz", "00000_renamed.png"}  # no spread of one
     names = {path.name for path in (tmp_path / "out/GGC").iterdir()}
     assert {f"map_f{fold}.nii.gz" for fold in range(K)} & names == {f"map_f{tested['fold']}.nii.gz"}
 

@@ -142,7 +142,7 @@ def test_without_labels(here, predicted, tmp_path, capsys):
     lines = capsys.readouterr().out.splitlines()
     for row in table.to_dict("records"):
         own = [row[f"prob_f{fold}"] for fold in range(K)]
-        words = f"{row['path']}: probability of label 1 {row['prob_1']:.3f} (networks {min(own):.3f} to"
+        words = f"{row['path']}: probability of label 1: {row['prob_1']:.3f} (networks {min(own):.3f} to"
         assert [line for line in lines if line.startswith(words)], words
 
 
@@ -194,7 +194,7 @@ def test_scan_of_the_run_is_left_to_the_network_that_tested_it(run, csv, tmp_pat
     captured = capsys.readouterr()
     assert captured.err.startswith("1 of 2 scans are the run's own")
     assert "renamed.nii" in captured.err
-    assert "renamed.nii: probability of label 1" in captured.out
+    assert "renamed.nii: probability of label 1:" in captured.out
     tested = read_table(run / "predictions.csv").set_index("path").loc["scans/004.nii"]
     own, new = read_table(tmp_path / "out/predictions.csv").to_dict("records")
     assert (own["seen"], new["seen"]) == (1, 0)
@@ -275,15 +275,15 @@ def test_interrupted_predictions_go_on(here, predicted, tmp_path, monkeypatch, c
     """Stopped by a signal after a scan, or by Ctrl-C at once: what was saved is not predicted again."""
     monkeypatch.setattr(predict, "SAVE_EVERY", 0)
     with monkeypatch.context() as patch:
-        ends_after(patch, predict.Member, "look", call)
+        ends_after(patch, predict.Member, "predict", call)
         assert run_predict(here, tmp_path, "labelled.csv") == 130
-    honest, looked = predict.Member.look, list[str]()
+    honest, looked = predict.Member.predict, list[str]()
 
-    def look(self, volume, path):
-        looked.append(path)
-        return honest(self, volume, path)
+    def predict_and_note(self, *scan):
+        looked.append(scan[-1])
+        return honest(self, *scan)
 
-    monkeypatch.setattr(predict.Member, "look", look)
+    monkeypatch.setattr(predict.Member, "predict", predict_and_note)
     assert run_predict(here, tmp_path, "labelled.csv") == 0
     assert outcome(tmp_path) == outcome(predicted)
     assert len(looked) == K * (len(SCANS) - (call - 1) // K)
@@ -325,6 +325,13 @@ def test_other_scans_or_networks_are_refused(copy, predicted, tmp_path, capsys):
     assert contents(folder) == before
     assert run_predict(copy, folder, "labelled.csv", "--overwrite") == 0
     assert outcome(folder).keys() == outcome(predicted).keys()
+
+
+def test_scores_of_another_list_do_not_stay(here, predicted, tmp_path, capsys):
+    folder = Path(shutil.copytree(predicted, tmp_path / "out"))
+    assert run_predict(here, folder, "unlabelled.csv", "--overwrite") == 0
+    assert not (folder / "metrics.csv").exists()
+    assert "AUC" not in capsys.readouterr().out
 
 
 def test_network_of_changed_weights_predicts_again(copy, predicted, tmp_path):

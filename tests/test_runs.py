@@ -407,8 +407,8 @@ def test_scan_and_subject_that_different_networks_saw(trained, tmp_path):
         assert predicted_by(run, 0) == [0]
         assert run.seen.tolist() == [True, False]
     message = refused(folder, tmp_path, [("copy.nii", "s5")], "path,subject")
-    assert message.startswith(f"copy.nii: every network of {folder} saw it")
-    assert message.endswith("subject s5: these were tested in folds [0, 2]")
+    assert message.startswith("1 scans, or others of their subjects, were seen by every network of")
+    assert message.endswith("take them off the list: copy.nii")
     # what is known of one scan of a person is known of the others, which the run does not have
     rows = [("copy.nii", "someone"), (*new_scans(tmp_path, 1), "someone")]
     assert find(folder, tmp_path, rows, "path,subject").seen.tolist() == [True, True]
@@ -420,7 +420,7 @@ def test_content_that_a_run_tested_twice(done, trained, tmp_path):
     (done / "scans.csv").write_text(scans.replace(third, first))
     for i in (0, 1):
         shutil.copyfile(trained[True].parent / f"{i}.nii", tmp_path / f"copy{i}.nii")
-    assert "tested in folds [0, 1]" in refused(done, tmp_path, [("copy0.nii",)])
+    assert "were seen by every network" in refused(done, tmp_path, [("copy0.nii",)])
     assert predicted_by(find(done, tmp_path, [("copy1.nii",)]), 0) == [0]
 
 

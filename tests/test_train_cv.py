@@ -1,5 +1,6 @@
 """train_cv.py: what a run writes, what it reproduces, and how it goes on."""
 
+import gzip
 import json
 import os
 import shutil
@@ -84,8 +85,11 @@ def same_state(first: dict[str, torch.Tensor], second: dict[str, torch.Tensor]) 
 
 
 def unclocked(folder: Path) -> dict[str, bytes]:
-    """Every file of a run, less the seconds that its epochs took."""
-    files = dict(contents(folder))
+    """Every file of a run, unpacked, less the seconds that its epochs took."""
+    files = {
+        name: gzip.decompress(content) if name.endswith(".gz") else content
+        for name, content in contents(folder).items()
+    }
     for name in [name for name in files if name.startswith("history")]:
         files[name] = b"\n".join(line.rsplit(b",", 1)[0] for line in files[name].splitlines())
     return files

@@ -46,7 +46,7 @@ FOLDS, PARTS, METHODS = 4, 2, "LRP Gradient"
 TRAIN = "--model modelB2 --epochs 4 --batch 3 --lr 1e-3 --cache none --workers 0"
 MAPS, CHECKS = "--save-subjects", "--scans-per-fold 1 --repeats 1 --orders"
 COMPARE = "--smooth 0 --rank-smooth 0"
-PATIENCE = 400  # seconds for which anything is waited for
+PATIENCE = 600  # seconds for which anything is waited for
 SETTINGS = f"""
 PARTITION=bench ACCOUNT='' GPUS=0 CPUS=1 MEMORY=900M TIME=30 LEAD=90
 SETUP='PATH="{Path(sys.executable).parent}:$PATH"'
@@ -212,12 +212,13 @@ def running_slurm(top: Path) -> Iterator[Slurm]:
         slurm.stop()
 
 
-def wait_until(what: str, true: Callable[[], Found]) -> Found:
+def wait_until(what: str, true: Callable[[], Found], pause: float = 0.2) -> Found:
     """Ask until the answer is true, and return it; Failure where it stays false."""
-    for _ in range(PATIENCE * 5):
+    end = time.monotonic() + PATIENCE
+    while time.monotonic() < end:
         if answer := true():
             return answer
-        time.sleep(0.2)
+        time.sleep(pause)
     raise utils.Failure(f"waited {PATIENCE} seconds in vain until {what}")
 
 
@@ -287,7 +288,7 @@ def disturb_maps(slurm: Slurm, job: str) -> None:
 
 def ends(slurm: Slurm, numbers: dict[str, str]) -> pd.DataFrame:
     """Wait until the queue is empty; how all of these jobs ended, a row each."""
-    wait_until("the queue is empty", lambda: not slurm("squeue", "--noheader"))
+    wait_until("the queue is empty", lambda: not slurm("squeue", "--noheader"), pause=1)
     rows = {}
     for job in slurm.jobs():
         number, task = job.get("ArrayJobId", job["JobId"]), job.get("ArrayTaskId", "")

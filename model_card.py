@@ -124,7 +124,7 @@ def _atypical(ranges: pd.DataFrame) -> str:
         rows.append([trait.words, theirs, int(own["test_marked"].sum())])
     return (
         f"{atypical.summary(ranges)}: a number below lies beyond the training scans' range by more than "
-        f"{atypical.MARGIN:g} of its width.\n\n"
+        f"{atypical.MARGIN:g} of its width, or, where that is narrow, by a smallest margin.\n\n"
         + _table(["number", "training scans", "test scans marked"], rows)
     )
 

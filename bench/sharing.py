@@ -77,6 +77,10 @@ def main() -> int:
             "heatmap.py": lambda to: command(
                 "heatmap.py", "--modelpath", top / "train_cv.py", *EXPLAIN, "--outpath", to
             ),
+            "predict.py": lambda to: command(
+                "predict.py", "--path", top / "cohort" / "data.csv", "--modelpath", top / "train_cv.py",
+                "--device", "cpu", "--outpath", to,
+            ),
             "sanity.py": lambda to: command(
                 "sanity.py", "--modelpath", top / "train_cv.py", "--maps", top / "heatmap.py",
                 *CHECK, "--scans-per-fold", 2, "--outpath", to,

@@ -160,7 +160,7 @@ class Panel:
         """The mean of a fold's training controls, (1, 1, X, Y, Z)."""
         key = networks is self.second, fold
         if key not in self._controls:
-            mean = networks.run.mean_controls(fold, self.scans)
+            mean = self.scans.mean(networks.run.cohort.training_controls(fold))
             self._controls[key] = torch.from_numpy(mean).to(self.device)[None, None]
         return self._controls[key]
 

@@ -143,11 +143,11 @@ def fill_together(csv: Path, barrier: Barrier) -> None:
     """Open the scans as other processes do; write down which are decoded, slowly, and the sum of all."""
     honest = dataset.read_scan
 
-    def slow(file: Path) -> np.ndarray:
+    def slow(file: Path, *onto: object) -> np.ndarray:
         time.sleep(0.05)
         with (csv.parent / "decoded").open("a") as stream:
             stream.write(f"{file.name}\n")
-        return honest(file)
+        return honest(file, *onto)
 
     dataset.read_scan = slow  # in this process, which ends with this function
     barrier.wait(timeout=60)

@@ -79,7 +79,7 @@ def draw_calibration(bins: Mapping[str, pd.DataFrame], path: Path) -> None:
     plt = _pyplot()
     figure, axes = plt.subplots(1, len(bins), figsize=(4.2 * len(bins), 4.6), sharey=True, squeeze=False)
     for axis, (words, table) in zip(axes[0], bins.items(), strict=True):
-        axis.plot([0, 1], [0, 1], color="0.6", linestyle=":", label="as often as it is said")
+        axis.plot([0, 1], [0, 1], color="0.6", linestyle=":", label="perfectly calibrated")
         ends = [table["share"] - table["low"], table["high"] - table["share"]]
         look = {"fmt": "o", "color": COLOURS[0], "capsize": 3, "label": "test scans, 95 % interval"}
         axis.errorbar(table["prob_1"], table["share"], np.maximum(ends, 0), **look)

@@ -17,7 +17,7 @@ from internals.errors import InputError, blaming
 from runs import REMEDY, TEMPERATURES, Run
 
 BINS = 10  # of probabilities, of equal width
-FEWEST = 20  # validation scans: of 16 most temperatures that fit lie between 0.3 and 4 times the right one
+FEWEST = 20  # validation scans; fewer leave the temperature wide open
 HIGHEST = 1e4  # temperatures, and how many times smaller than 1 they may be
 COLUMNS = ["fold", "temperature", "note", "n", *(
     f"{score}{kind}" for kind in ("", "_calibrated") for score in ("brier", "log_loss", "ece")

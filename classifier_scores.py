@@ -192,7 +192,7 @@ def with_interval(row: Mapping[Any, Any], name: str) -> str:
 def _auc(label: np.ndarray, prob_1: np.ndarray, weight: np.ndarray) -> float:
     """The area under the ROC curve: the chance that a scan of label 1 scores above one of label 0, ties half.
 
-    scikit-learn's checks of its arguments take fifty times as long, and the bootstrap asks a thousand times.
+    scikit-learn's checks of its arguments take far longer than this, and the bootstrap asks a thousand times.
     """
     values, place = np.unique(prob_1, return_inverse=True)
     ones, zeros = (np.bincount(place, weight * (label == own), len(values)) for own in (1, 0))

@@ -396,14 +396,14 @@ def read_scan(file: Path, onto: Grid | None = None) -> np.ndarray:
     """Decode one scan and scale it to [0, 1] by its own minimum and maximum, as published.
 
     Args:
-        onto: the grid that it is brought onto by linear interpolation where it lies elsewhere, 0 outside its
-            field of view; by default it stays where it is.
+        onto: the grid that it is brought onto by linear interpolation where it lies elsewhere, with its
+            minimum outside its field of view; by default it stays where it is.
 
     Returns:
         float32 (X, Y, Z).
 
     Raises:
-        InputError: damaged file, voxels that are not finite, or a constant scan.
+        InputError: damaged file, voxels that are not finite, a constant scan, or one that misses `onto`.
     """
     values, own = nifti.read_image(file)
     low, high = values.min(), values.max()

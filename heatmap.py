@@ -157,6 +157,8 @@ def choose_target(target: str | None, table: pd.DataFrame) -> str:
         raise InputError(
             f"--target label: {unknown} of {len(table)} scans have no label; use predicted, 0 or 1"
         )
+    if target is None and 0 < unknown < len(table):
+        print(f"{unknown} of {len(table)} scans have no label: all are explained for what is predicted")
     return target or ("predicted" if unknown else "label")
 
 
@@ -348,12 +350,9 @@ class FoldMaps:
         if not (files["mean"].exists() and files.get("sd", files["mean"]).exists()):
             names = [f"{subject_name(fold, row, path)}.nii.gz" for fold in folds]
             single = np.stack([nifti.load_map(self.results.path / name) for name in names])
-            made = {
-                "mean": single.mean(axis=0),
-                "sd": single.std(axis=0, ddof=1) if len(single) > 1 else None,
-            }
-            for kind in files.keys() & {"mean", "sd"}:
-                nifti.save_map(made[kind], self.cohort.grid.header, files[kind])
+            nifti.save_map(single.mean(axis=0), self.cohort.grid.header, files["mean"])
+            if "sd" in files:
+                nifti.save_map(single.std(axis=0, ddof=1), self.cohort.grid.header, files["sd"])
         maps: dict[str, np.ndarray] = {
             kind: nifti.load_map(files[kind]) for kind in ("mean", "sd") if kind in files
         }
@@ -538,7 +537,7 @@ def check_singles(run: Run, results: ResultFolder) -> None:
     """Raise InputError where single networks' maps are needed again that went when all was made of them."""
     if not run.new_scans or results.is_finished():
         return
-    kept = set(run.folds) - set(results.missing())
+    kept = set(run.folds) - set(results.unfinished())
     for row, path in enumerate(run.cohort.table["path"]):
         files = [results.path / name for kind, name in each_files(run, row).items() if kind != "png"]
         is_made = kept == set(run.folds) and all(file.exists() for file in files)
@@ -612,7 +611,7 @@ def main(argv: list[str] | None = None) -> int:
     for results in folders.values():
         if results.check(partial(check_kept, results.path, cohort)):
             read_subjects(results.path)  # though no fold is finished
-        check_singles(run, results)
+            check_singles(run, results)
     if run.new_scans:
         calibration.known_temperatures(run)  # before any map
 

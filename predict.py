@@ -36,7 +36,7 @@ from dataset import Cohort, ScanDataset
 from explaining import SAVE_EVERY
 from internals import devices, process, sharing, storage
 from internals.caches import Cache
-from internals.errors import InputError, blaming
+from internals.errors import InputError
 from internals.process import printable
 from internals.results import Files, ResultFolder, states_of
 from internals.sharing import Share
@@ -74,13 +74,7 @@ def get_parser() -> argparse.ArgumentParser:
     add("--device", default="auto", help="GPU number, cpu, cuda:N, mps or auto")
     add("--resample", action="store_true", help=runs.RESAMPLE)
     add("--run-folds", type=number, nargs="+", metavar="I", help="only the networks of these folds")
-    add(
-        "--part",
-        type=sharing.parse_part,
-        default="1/1",
-        metavar="I/N",
-        help="the I-th of N parts of the scans",
-    )
+    add("--part", type=sharing.parse_part, default="1/1", metavar="I/N", help=sharing.PART)
     add("--seed", type=utils.SEED, default=0, help="of the intervals' draws")
     add("--overwrite", action="store_true", help="remove earlier predictions, or those of --run-folds, first")
     parser.add_status()
@@ -132,15 +126,6 @@ def result_folder(
     is_labelled = (cohort.table["label"] != dataset.UNKNOWN).any()
     files = replace(FILES, summary=FILES.summary if is_labelled else FILES.summary[:1])
     return ResultFolder(outpath, files, run.folds, identity, made_from, only, overwrite, share=share)
-
-
-def check_kept(folder: Path, fold: int) -> None:
-    """Raise InputError where what a network found is not as it was written."""
-    record, file = folder / FILES.record, folder / FILES.part[0].format(fold)
-    with blaming(record):
-        digests = storage.entry(storage.read_json(record), "found_sha256", dict)
-    if digests.get(str(fold)) != storage.file_sha256(file):
-        raise InputError(f"{file}: is not as it was written; --overwrite starts again")
 
 
 # The networks ------------------------------------------------------------------------------------
@@ -371,7 +356,7 @@ def main(argv: list[str] | None = None) -> int:
     where = args.outpath, asked if args.run_folds else None, args.overwrite, share
     asked_for = {"resample": args.resample, "seed": args.seed}
     results = result_folder(networks, temperatures, *where, asked_for)
-    results.check(partial(check_kept, args.outpath))
+    results.check(partial(results.check_unchanged, "found_sha256"))
 
     about = {"csv": str(args.path.resolve()), "modelpath": str(run.folder.resolve())}
     work = f"one scan of {'x'.join(map(str, cohort.grid.shape))} voxels, {run.model}, on {device}"

@@ -236,15 +236,6 @@ def read_findings(file: Path) -> pd.DataFrame:
         raise InputError(f"{file}: cannot be read ({problem})") from problem
 
 
-def check_part(folder: Path, fold: int) -> None:
-    """Raise InputError where the findings of a finished fold are not as they were written."""
-    record, file = folder / FILES.record, folder / FILES.part[0].format(fold)
-    with blaming(record):
-        digests = storage.entry(storage.read_json(record), "findings_sha256", dict)
-    if digests.get(str(fold)) != storage.file_sha256(file):
-        raise InputError(f"{file}: is not as it was written; --overwrite starts again")
-
-
 def check_scans(panel: Panel, fold: int, rows: list[int], file: Path) -> None:
     """Check test scans of a fold, but for those whose findings are in the file; add theirs."""
     found = read_findings(file)
@@ -355,7 +346,7 @@ def main(argv: list[str] | None = None) -> int:
     share = sharing.own_share().within(args.part)
     share.check_overwrite(args.overwrite)
     results = ResultFolder(folder, FILES, range(cohort.k), identity, {}, only, args.overwrite, share=share)
-    results.check(partial(check_part, folder))
+    results.check(partial(results.check_unchanged, "findings_sha256"))
     if results.is_finished():
         print(f"{folder}: done before, kept")
         report(results, cohort.k, args.seed)

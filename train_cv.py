@@ -212,10 +212,8 @@ def margins(network: CNN3d, scans: Loader) -> tuple[np.ndarray, np.ndarray, np.n
 
 def describe_scans(cohort: Cohort, scans: ScanDataset, folder: Path) -> pd.DataFrame:
     """Write what new scans are compared with; returns what is typical, as atypical.COLUMNS."""
-    digests = dict(
-        zip(runs.SCAN_COLUMNS, [cohort.table["path"], dataset.scan_digests(cohort.table)], strict=True)
-    )
-    storage.write_csv(pd.DataFrame(digests), folder / runs.SCANS)
+    known = zip(cohort.table["path"], dataset.scan_digests(cohort.table), strict=True)
+    storage.write_csv(pd.DataFrame(known, columns=runs.SCAN_COLUMNS), folder / runs.SCANS)
     ranges = []
     for fold in utils.progress(range(cohort.k), desc="what scans look like", leave=False):
         train, test = (

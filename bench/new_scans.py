@@ -122,7 +122,10 @@ def run_predict(csv: Path, modelpath: Path, outpath: Path, *options: str) -> dic
 
 
 def resident(pid: int) -> float:
-    """The most memory that a process has held so far, in GB; 0 once it has ended."""
+    """The most memory that a process has held so far, in GB; 0 once it has ended.
+
+    Not getrusage's ru_maxrss, which a process takes over from the one that started it: here that holds scans.
+    """
     try:
         lines = Path(f"/proc/{pid}/status").read_text().splitlines()
     except OSError:

@@ -34,7 +34,7 @@ class Files:
 
     record: str
     part: Sequence[str]  # a part is finished only while all of these are there
-    beside: Sequence[str] = ()  # glob patterns of what else a part may consist of
+    beside: Sequence[str] = ()  # glob patterns of what else may be made of a part, or of it and others
     progress: Sequence[str] = ()  # what an unfinished part goes on from; removed once it is finished
     shared: Sequence[str] = ()  # files that grow with the parts
     summary: Sequence[str] = ()  # what is made of all parts
@@ -107,14 +107,17 @@ class ResultFolder:
                     inspect(part)
         return bool(found)
 
+    def check_unchanged(self, fact: str, part: PartKey) -> None:
+        """Raise InputError where a part's file is not the one whose SHA-256 is a fact of the record."""
+        record, file = self.path / self.files.record, self.path / self.files.part[0].format(part)
+        with blaming(record):
+            digests = storage.entry(self._read(), fact, dict)
+        if digests.get(str(part)) != storage.file_sha256(file):
+            raise InputError(f"{file}: is not as it was written; --overwrite starts again")
+
     def is_finished(self) -> bool:
         """Whether all parts and what is made of them are finished and stay; raises InputError as `check`."""
         return not {*self.parts, SUMMARY} - self._kept(self._find())
-
-    def missing(self) -> list[Any]:
-        """The parts that are not finished, or are to be made anew; raises InputError as `check`."""
-        kept = self._kept(self._find())
-        return [part for part in self.parts if part not in kept]
 
     def _find(self) -> dict[str, Any]:
         """The record that is there and stays; empty where the run starts afresh."""

@@ -1,5 +1,7 @@
 """Small cohorts of NIfTI scans for the tests of the commands, and readers of what the commands wrote."""
 
+import json
+import shutil
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 
@@ -75,6 +77,17 @@ def write_cohort(folder: Path) -> Path:
         write_scan(folder / "scans" / f"{i:03d}.nii", voxels(i, label))
         rows.append((f"scans/{i:03d}.nii", label, subject))
     return write_csv(folder / "data.csv", rows, header="path,label,subject")
+
+
+def write_new_scans(folder: Path, labels: Mapping[str, int], run: Path) -> None:
+    """New scans, unlabelled.csv, labelled.csv, and models/, a run whose own list and scans are gone."""
+    for number, (name, label) in enumerate(labels.items()):
+        write_scan(folder / f"{name}.nii", voxels(100 + number, label))
+    write_csv(folder / "unlabelled.csv", [(f"{name}.nii",) for name in labels])
+    write_csv(folder / "labelled.csv", [(f"{name}.nii", label) for name, label in labels.items()])
+    shutil.copytree(run, folder / "models")
+    record = json.loads((folder / "models/run.json").read_text())
+    (folder / "models/run.json").write_text(json.dumps(record | {"csv": "/gone/data.csv"}))
 
 
 def tiny_cohort(folder: Path, n: int = 6, shape: tuple[int, ...] = (5, 6, 7)) -> Path:

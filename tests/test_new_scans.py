@@ -1,6 +1,5 @@
 """heatmap.py --scans: new scans, explained by all networks of a run folder alone."""
 
-import json
 import shutil
 from pathlib import Path
 
@@ -21,6 +20,7 @@ from cohorts import (
     read_values,
     voxels,
     write_csv,
+    write_new_scans,
     write_scan,
 )
 from interruptions import ends_after
@@ -39,13 +39,7 @@ METHOD = "SmoothGrad"
 def here(lively_run, tmp_path_factory) -> Path:
     """A folder with new scans and a run, whose own scans and list are gone; read only."""
     folder = tmp_path_factory.mktemp("new")
-    for number, (name, label) in enumerate(SCANS.items()):
-        write_scan(folder / f"{name}.nii", voxels(100 + number, label))
-    write_csv(folder / "unlabelled.csv", [(f"{name}.nii",) for name in SCANS])
-    write_csv(folder / "labelled.csv", [(f"{name}.nii", label) for name, label in SCANS.items()])
-    shutil.copytree(lively_run, folder / "models")
-    record = json.loads((folder / "models/run.json").read_text())
-    (folder / "models/run.json").write_text(json.dumps(record | {"csv": "/gone/data.csv"}))
+    write_new_scans(folder, SCANS, lively_run)
     return folder
 
 
@@ -189,6 +183,14 @@ def test_labels_give_targets_and_groups(here, tmp_path):
     subjects = read_table(tmp_path / "GGC/subjects.csv")
     assert subjects["target"].tolist() == subjects["label"].tolist() == list(SCANS.values()) * K
     assert (tmp_path / "GGC/map_patients.nii.gz").exists()
+
+
+def test_some_labels_are_said_to_be_missing(here, tmp_path, capsys):
+    write_csv(tmp_path / "some.csv", [(here / "a.nii", 1), (here / "b.nii", "")])
+    assert explain(here, tmp_path / "out", method="GGC", csv=str(tmp_path / "some.csv")) == 0
+    assert "1 of 2 scans have no label: all are explained for what is predicted" in capsys.readouterr().out
+    subjects = read_table(tmp_path / "out/GGC/subjects.csv")
+    assert subjects["target"].tolist() == subjects["predicted"].tolist()
 
 
 def test_baseline_is_the_recorded_mean_of_controls(here, tmp_path):

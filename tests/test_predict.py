@@ -21,6 +21,7 @@ from cohorts import (
     read_table,
     voxels,
     write_csv,
+    write_new_scans,
     write_scan,
 )
 from interruptions import ends_after
@@ -42,13 +43,7 @@ def here(lively_run, csv, tmp_path_factory) -> Path:
     Nothing is left of what the run was trained on, and its networks have temperatures of their own.
     """
     folder = tmp_path_factory.mktemp("new")
-    for number, (name, label) in enumerate(SCANS.items()):
-        write_scan(folder / f"{name}.nii", voxels(100 + number, label))
-    write_csv(folder / "unlabelled.csv", [(f"{name}.nii",) for name in SCANS])
-    write_csv(folder / "labelled.csv", [(f"{name}.nii", label) for name, label in SCANS.items()])
-    shutil.copytree(lively_run, folder / "models")
-    record = json.loads((folder / "models/run.json").read_text())
-    (folder / "models/run.json").write_text(json.dumps(record | {"csv": "/gone/data.csv"}))
+    write_new_scans(folder, SCANS, lively_run)
     set_temperatures(folder / "models", TEMPERATURES)
     return folder
 
